@@ -1,0 +1,317 @@
+"""Multi-turn sampling: a causal language model plays many text environments at once.
+
+Token in, token out: the ids that the model sampled are the ids that are trained on. They are never decoded and tokenised
+again; text is made from them only for the environment to read. One key-value cache lives through all turns, so each token is
+fed once: a turn costs its own tokens, not the conversation's.
+
+    trajectories = rollout(model, tokenizer, envs, seeds=range(128), temperature=1.0, max_response_tokens=100,
+                           generator=torch.Generator().manual_seed(0))
+
+Works with any Hugging Face causal model and a tokenizer that has a chat template; `tiny_tokenizer` and `tiny_model` build
+the pair that the default run trains from scratch. Shapes as in actfocus.py.
+"""
+
+import re
+from dataclasses import dataclass, fields
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.cache_utils import Cache, DynamicLayer
+
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+@dataclass
+class Trajectories:
+    """A batch of played episodes; rows are padded on the right, where every mask is False."""
+
+    ids: torch.Tensor  # [B, T] int64: prompts, responses and observations in the order the model saw them
+    response_mask: torch.Tensor  # [B, T] bool: sampled by the policy, the end-of-turn token included
+    action_mask: torch.Tensor  # [B, T] bool: sampled, and holding a character between <answer> and </answer>
+    turn_ids: torch.Tensor  # [B, T] int64: turn of a response token, from 0; -1 elsewhere
+    logprobs: torch.Tensor  # [B, T] float32: log-prob of each response token as it was sampled, at its temperature
+    lengths: torch.Tensor  # [B] int64: tokens that are not padding
+    returns: torch.Tensor  # [B] float32: sum of the episode's rewards
+    success: torch.Tensor  # [B] bool
+    valid: torch.Tensor  # [B] float32: share of the responses that paid no format penalty
+    turns: torch.Tensor  # [B] int64: responses given
+
+    def __len__(self):
+        return len(self.ids)
+
+    def select(self, rows):
+        """The given rows, without the padding that none of them needs."""
+        picked = Trajectories(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        longest = int(picked.lengths.max()) if len(picked) else 0
+        for name in ("ids", "response_mask", "action_mask", "turn_ids", "logprobs"):
+            setattr(picked, name, getattr(picked, name)[:, :longest])
+        return picked
+
+
+# Text and tokens ------------------------------------------------------------------------------------------------------
+
+
+class Chat:
+    """The tokens around the responses, taken from the tokenizer's chat template."""
+
+    def __init__(self, tokenizer, system_prompt):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
+        self.tokenizer, self.system = tokenizer, [{"role": "system", "content": system_prompt}]
+        self.pieces = {}  # id -> its text
+
+    def _encode(self, messages, after=None):
+        text = self.tokenizer.apply_chat_template(self.system + messages, tokenize=False, add_generation_prompt=True)
+        if after is not None:
+            text = text[text.index(after) + len(after):]
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def opening(self, observation):
+        """Ids from the start to where the first response begins."""
+        return self._encode([{"role": "user", "content": observation}])
+
+    def bridge(self, observation, ended):
+        """Ids between a response and the next one. `ended`: the response closed with the end-of-turn token itself."""
+        # Templates may rewrite earlier turns (Qwen3 drops their reasoning), so only what follows a response is taken.
+        mark = "@response@"
+        ids = self._encode([{"role": "user", "content": ""}, {"role": "assistant", "content": mark},
+                            {"role": "user", "content": observation}], after=mark)
+        if ids[:1] != [self.tokenizer.eos_token_id]:
+            raise ValueError("the chat template does not close a response with the tokenizer's eos_token")
+        return ids[1:] if ended else ids
+
+    def text(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def spans(self, ids):
+        """(text, [(start, end) of each token in it]); tokens that share a character (split UTF-8) all span it."""
+        text = self.text(ids)
+        for i in ids:
+            if i not in self.pieces:
+                self.pieces[i] = self.text([i])
+        ends, total = [], 0
+        for i in ids:
+            total += len(self.pieces[i])
+            ends.append(total)
+        if "".join(self.pieces[i] for i in ids) != text:  # a token's text depends on its neighbours
+            # An unfinished character decodes to U+FFFD: not text yet.
+            ends = [len(self.text(ids[: n + 1]).rstrip("\ufffd")) for n in range(len(ids))]
+        starts = [0, *ends[:-1]]
+        return text, [(start, max(end, start + 1)) for start, end in zip(starts, ends)]
+
+    def actions(self, ids):
+        """Which of a response's ids hold a character strictly between <answer> and </answer>."""
+        text, spans = self.spans(ids)
+        inside = [match.span(1) for match in ANSWER.finditer(text)]
+        return [any(start < b and a < end for a, b in inside if a < b) for start, end in spans]
+
+
+class Transcript:
+    """One episode as it grows: the ids so far and what is known of each."""
+
+    def __init__(self, chat, env, seed, max_context, max_response_tokens):
+        self.chat, self.env, self.max_length = chat, env, max_context - max_response_tokens
+        self.ids, self.turn, self.action, self.logprobs = [], [], [], []
+        self.rewards, self.valid, self.success, self.fed = [], [], False, 0
+        observation, _ = env.reset(seed=seed)
+        self._append(chat.opening(observation))
+        if len(self.ids) > self.max_length:
+            raise ValueError(f"the first prompt has {len(self.ids)} tokens: with {max_response_tokens} for the response it "
+                             f"does not fit a context of {max_context}")
+
+    def _append(self, ids, turn=-1, action=None, logprobs=None):
+        self.ids += ids
+        self.turn += [turn] * len(ids)
+        self.action += action or [False] * len(ids)
+        self.logprobs += logprobs or [0.0] * len(ids)
+
+    def respond(self, ids, logprobs=None):
+        """Record a response, play it, and append what the environment says -> whether the episode goes on."""
+        ended = ids[-1:] == [self.chat.tokenizer.eos_token_id]
+        words = ids[:-1] if ended else ids
+        self._append(ids, len(self.rewards), self.chat.actions(words) + [False] * ended, logprobs)
+        observation, reward, terminated, truncated, info = self.env.step(self.chat.text(words))
+        self.rewards.append(reward)
+        self.valid.append(info["valid"])
+        self.success = info["success"]
+        if terminated or truncated:
+            return False
+        bridge = self.chat.bridge(observation, ended)
+        if len(self.ids) + len(bridge) > self.max_length:  # no room for another turn
+            return False
+        self._append(bridge)
+        return True
+
+
+def pack(transcripts, pad_id):
+    """Transcripts -> Trajectories."""
+    lengths = torch.tensor([len(t.ids) for t in transcripts])
+    shape = (len(transcripts), int(lengths.max()))
+    ids, turn = torch.full(shape, pad_id), torch.full(shape, -1)
+    action, logprobs = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+    for row, t in enumerate(transcripts):
+        n = len(t.ids)
+        ids[row, :n], turn[row, :n] = torch.tensor(t.ids), torch.tensor(t.turn)
+        action[row, :n], logprobs[row, :n] = torch.tensor(t.action), torch.tensor(t.logprobs)
+    return Trajectories(
+        ids=ids, response_mask=turn >= 0, action_mask=action, turn_ids=turn, logprobs=logprobs, lengths=lengths,
+        returns=torch.tensor([sum(t.rewards) for t in transcripts], dtype=torch.float32),
+        success=torch.tensor([t.success for t in transcripts]),
+        valid=torch.tensor([sum(t.valid) / len(t.valid) for t in transcripts]),
+        turns=torch.tensor([len(t.rewards) for t in transcripts]))
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+
+class GrowingLayer(DynamicLayer):
+    """DynamicLayer that doubles its storage instead of copying the whole cache for every token."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.used, self.keys, self.values = 0, key_states[:, :, :0], value_states[:, :, :0]
+            self.store = [self.keys, self.values]
+        start, end = self.used, self.used + key_states.shape[-2]
+        # Rows may have been selected since (batch_select_indices): then keys no longer views the storage.
+        moved = self.keys.data_ptr() != self.store[0].data_ptr() or len(self.keys) != len(self.store[0])
+        if moved or end > self.store[0].shape[-2]:
+            room = max(2 * start, end)
+            self.store = [torch.cat([old, new.new_empty(*new.shape[:2], room - start, new.shape[-1])], dim=-2)
+                          for old, new in ((self.keys, key_states), (self.values, value_states))]
+        self.store[0][:, :, start:end] = key_states
+        self.store[1][:, :, start:end] = value_states
+        self.used = end
+        self.keys, self.values = (tensor[:, :, :end] for tensor in self.store)
+        return self.keys, self.values
+
+
+class Decoder:
+    """A model with its key-value cache over a shrinking batch; columns that hold nothing for a row are masked."""
+
+    def __init__(self, model, rows):
+        self.model, self.device = model, model.device
+        self.cache = Cache(layer_class_to_replicate=GrowingLayer)
+        self.mask = torch.zeros(rows, 0, dtype=torch.long, device=self.device)  # [rows, columns]
+
+    def feed(self, ids, mask):
+        """Append columns ids[rows, n], of which mask marks the real ones -> float32 logits after the last, [rows, V]."""
+        self.mask = torch.cat([self.mask, mask.to(self.device)], dim=1)
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        out = self.model(input_ids=ids.to(self.device), attention_mask=self.mask, position_ids=positions,
+                         past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].float()
+
+    def keep(self, rows):
+        rows = torch.tensor(rows, device=self.device)
+        self.mask = self.mask[rows]
+        self.cache.batch_select_indices(rows)
+
+
+def sample_turn(decoder, prompts, stop_ids, pad_id, temperature, max_tokens, generator):
+    """One response for each row of prompts (lists of ids not yet fed) -> ([ids], [log-probs]) a row.
+
+    A row ends with one of stop_ids or after max_tokens. Its last token is not fed: it opens the next prompt.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    logits = decoder.feed(ids, mask)
+    stops = torch.tensor(sorted(stop_ids), device=logits.device)
+    running = torch.ones(len(prompts), dtype=torch.bool, device=logits.device)
+    tokens, logprobs, counts = [], [], torch.zeros(len(prompts), dtype=torch.long, device=logits.device)
+    for step in range(max_tokens):
+        all_logprobs = torch.log_softmax(logits / temperature, -1)  # [rows, V]
+        token = torch.multinomial(all_logprobs.exp(), 1, generator=generator)  # [rows, 1]
+        tokens.append(token)
+        logprobs.append(all_logprobs.gather(1, token))
+        counts += running
+        running = running & ~torch.isin(token[:, 0], stops)
+        if step + 1 == max_tokens or not running.any():
+            break
+        logits = decoder.feed(torch.where(running[:, None], token, pad_id), running[:, None].long())
+    tokens, logprobs = torch.cat(tokens, 1).tolist(), torch.cat(logprobs, 1).tolist()
+    return ([row[:n] for row, n in zip(tokens, counts.tolist())], [row[:n] for row, n in zip(logprobs, counts.tolist())])
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, generator, max_context=None):
+    """Play one episode in each of envs -> Trajectories, in their order, on the CPU.
+
+    model: Hugging Face causal LM; tokenizer: its tokenizer, with a chat template. envs: B environments, envs[i] is reset with
+    seeds[i]: equal seeds give the G rollouts of a group the same instance. temperature > 0, for sampling and for `logprobs`;
+    the distribution is not truncated (no top-k, no top-p), so the log-probs are the policy's. max_response_tokens: a longer
+    response is cut, and lacks its end-of-turn token. generator: torch.Generator on the model's device. max_context: an episode
+    ends where the next turn might not fit; the model's own limit by default.
+    """
+    if len(envs) != len(seeds) or not envs:
+        raise ValueError(f"need one seed an environment and at least one, got {len(envs)} and {len(seeds)}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if max_response_tokens < 1:
+        raise ValueError(f"max_response_tokens must be at least 1, got {max_response_tokens}")
+    max_context = max_context or model.config.max_position_embeddings
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    also = getattr(model.generation_config, "eos_token_id", None)
+    stop_ids = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
+    chats = {env.system_prompt: Chat(tokenizer, env.system_prompt) for env in envs}
+    transcripts = [Transcript(chats[env.system_prompt], env, seed, max_context, max_response_tokens)
+                   for env, seed in zip(envs, seeds)]
+    was_training = model.training
+    model.eval()
+    active, decoder = transcripts, Decoder(model, len(transcripts))
+    while active:
+        sampled, logprobs = sample_turn(decoder, [t.ids[t.fed:] for t in active], stop_ids, pad_id, temperature,
+                                        max_response_tokens, generator)
+        going_on = []
+        for row, t in enumerate(active):
+            t.fed = len(t.ids) + len(sampled[row]) - 1
+            if t.respond(sampled[row], logprobs[row]):
+                going_on.append(row)
+        if going_on and len(going_on) < len(active):
+            decoder.keep(going_on)
+        active = [active[row] for row in going_on]
+    model.train(was_training)
+    return pack(transcripts, pad_id)
+
+
+# The built-in agent ---------------------------------------------------------------------------------------------------
+
+CHAT_TEMPLATE = (  # the shape of Qwen2.5's
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+WORDS = r" ?[A-Z]?[a-z]+| ?\d| ?\|\||[:.]\n|\s|[^\s]"  # board symbols and digits stay apart, words keep their space
+
+
+def tiny_tokenizer(texts, phrases=()):
+    """A small byte-level tokenizer whose vocabulary is the words of `texts`; any other text falls back to bytes.
+
+    phrases: strings that become one token each. The instructions that open every prompt are the same in every episode, so a
+    model trained on one environment need not spell them out.
+    """
+    splitter = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
+                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    words = {piece for text in texts for piece, _ in splitter.pre_tokenize_str(text)}
+    vocabulary = sorted(pre_tokenizers.ByteLevel.alphabet()) + sorted(word for word in words if len(word) > 1)
+    # ignore_merges: a known word is one token as it stands, so no merge table is needed to build it up from bytes.
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in [*tags, *phrases]])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+
+
+def tiny_model(tokenizer, *, width=64, layers=2, heads=2, seed=0):
+    """A small untrained Qwen2ForCausalLM for `tokenizer`, the same for the same seed."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, tie_word_embeddings=True,
+        # The default 0.02 is meant for widths in the thousands; at this width training stalls with it.
+        initializer_range=0.08, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").float()

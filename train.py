@@ -1,0 +1,717 @@
+"""Train a language-model agent with PPO and GRPO, under uniform credit and under ActFocus, and compare.
+
+    python train.py                                   # four arms on Sokoban, a built-in agent, one machine, no downloads
+    python train.py --seeds 0 1 2                     # three seeds: what a claim needs
+    python train.py --env frozenlake --algos grpo     # `--help` lists every setting with its default
+
+One step: play P boards G times (rollout.py), keep the groups with the largest spread, score their tokens under the old policy
+and the frozen reference, turn returns into advantages and energies into weights (actfocus.py), update on minibatches. An arm
+is one (algorithm, credit, seed); all arms of a seed start from the same agent and see the same boards.
+
+The output directory gets metrics.jsonl (a line for each step of each arm), summary.json and, with matplotlib, curves.png.
+"""
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import queue
+import shutil
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import env as environments
+import rollout as sampling
+from actfocus import (SIGNALS, gae, group_advantages, token_signal, token_weights, variance_filter, weighted_policy_loss)
+from kernels import token_stats
+
+transformers.utils.logging.disable_progress_bar()  # a bar for every loaded file would drown ours
+HERE = Path(__file__).resolve().parent
+# Boards on which the built-in agent learns in minutes; other models get the paper's. --env-options overrides either.
+TINY_BOARDS = {"sokoban": {"walls": 0, "min_moves": 2, "max_moves": 6, "max_turns": 4, "max_actions": 8,
+                           "observation": "coordinates"},
+               "frozenlake": {}}
+CREDITS = {"uniform": lambda settings: {"alpha": 1.0, "beta": 0.0},
+           "actfocus": lambda settings: {"alpha": settings.alpha, "beta": settings.beta}}
+EVALUATION_SEED, VALIDATION_SEED = 1_000_000_000, 2_000_000_000  # training boards are drawn from below both
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def setting(default, help, *, low=None, high=None, choices=None):
+    """A field of Settings: its comment is its --help text, its bounds are checked."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run. Where the paper's value differs from the default, the text names it."""
+
+    env: str = setting("sokoban", "environment", choices=tuple(environments.ENVS))
+    env_options: tuple[str, ...] = setting((), "options of the environment, KEY=VALUE; without any, the built-in agent "
+                                               "gets small boards and other models the paper's")
+    model: str = setting("tiny", "'tiny' (built in, taught here) or a Hugging Face model id or directory (paper: Qwen2.5 "
+                                 "0.5B, 1.5B, 3B Instruct)")
+    algos: tuple[str, ...] = setting(("ppo", "grpo"), "algorithms to compare", choices=("ppo", "grpo"))
+    credits: tuple[str, ...] = setting(("uniform", "actfocus"), "credits to compare", choices=tuple(CREDITS))
+    seeds: tuple[int, ...] = setting((0,), "seeds, one arm each for every algorithm and credit", low=0)
+    out: str = setting("runs/latest", "output directory")
+    # the method
+    alpha: float = setting(0.1, "ActFocus: weight of reasoning tokens", low=0, high=1)
+    beta: float = setting(0.5, "ActFocus: how far energy raises the weight of action tokens", low=0)
+    signal: str = setting("energy", "ActFocus: what ranks the action tokens", choices=SIGNALS)
+    # the loop
+    steps: int = setting(60, "rollout-update iterations (paper 200)", low=0)
+    prompts: int = setting(8, "boards a step, P", low=1)
+    rollouts: int = setting(16, "trajectories a board, G", low=2)
+    keep: float = setting(0.25, "share of the groups kept, those with the largest spread of returns; 1 = no filter (paper "
+                                "0.25 on Sokoban)", low=0.01, high=1)
+    minibatch: int = setting(32, "trajectories an optimiser update", low=1)
+    micro_batch: int = setting(16, "trajectories a forward pass; changes memory and speed, not the result", low=1)
+    epochs: int = setting(1, "passes over a step's trajectories", low=1)
+    lr: float = setting(2e-4, "Adam's learning rate of the policy (paper 1e-6, for models a thousand times larger)", low=0)
+    critic_lr: float = setting(1e-3, "PPO: learning rate of the critic (paper 1e-5)", low=0)
+    clip_low: float = setting(0.2, "ratio is clipped below at 1 - this", low=0, high=1)
+    clip_high: float = setting(0.28, "ratio is clipped above at 1 + this", low=0)
+    value_clip: float = setting(0.5, "PPO: a value moves at most this far from its old one in an update", low=0)
+    gamma: float = setting(1.0, "PPO: discount a token", low=0, high=1)
+    lam: float = setting(1.0, "PPO: GAE's lambda", low=0, high=1)
+    entropy_coef: float = setting(0.001, "entropy bonus, mean over response tokens, the same for every credit", low=0)
+    kl_coef: float = setting(0.0, "penalty on the KL to the frozen reference (paper 0; 0.001 on WebShop)", low=0)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", low=0)
+    temperature: float = setting(1.0, "of the training rollouts", low=0.01)
+    max_response_tokens: int = setting(100, "length at which a response is cut (paper 400)", low=1)
+    # evaluation
+    eval_every: int = setting(10, "steps between evaluations; also before the first and after the last", low=1)
+    eval_boards: int = setting(64, "fixed boards, never trained on (paper 32)", low=1)
+    eval_rollouts: int = setting(4, "trajectories a board (paper 16)", low=1)
+    eval_temperature: float = setting(0.5, "of the evaluation rollouts", low=0.01)
+    boards: str = setting("evaluation", "which boards are evaluated on; choose settings on 'validation'",
+                          choices=("evaluation", "validation"))
+    # the built-in agent's warm start
+    width: int = setting(64, "hidden size of the built-in agent, a multiple of 32", low=32)
+    layers: int = setting(2, "its layers", low=1)
+    warm_episodes: int = setting(3000, "demonstrations of the first stage: knowing the game", low=16)
+    warm_steps: int = setting(900, "updates of the first stage", low=1)
+    warm_noise: float = setting(0.2, "share of random actions in the first stage", low=0, high=1)
+    worse_steps: int = setting(100, "updates of the second stage: playing badly while thinking at length", low=0)
+    worse_noise: float = setting(0.6, "share of random actions in the second stage", low=0, high=1)
+    # the machine
+    device: str = setting("auto", "auto, cpu or cuda")
+    jobs: int = setting(0, "arms trained side by side; 0 = one a CPU core, 1 on a GPU", low=0)
+    cache: str = setting(str(HERE / ".cache"), "where the taught agent is kept")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            values = getattr(self, f.name)
+            for value in values if isinstance(values, tuple) else (values,):
+                low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+                if choices and value not in choices:
+                    raise ValueError(f"{f.name}: {value!r} is not one of {', '.join(choices)}")
+                if not isinstance(value, str) and not (float("-inf") < value < float("inf")):
+                    raise ValueError(f"{f.name}: must be finite, got {value}")
+                if (low is not None and value < low) or (high is not None and value > high):
+                    raise ValueError(f"{f.name}: {value} is not in [{low}, {'inf' if high is None else high}]")
+            if isinstance(values, tuple) and len(set(values)) < len(values):
+                raise ValueError(f"{f.name}: {' '.join(map(str, values))} names one twice")
+        for name in ("algos", "credits", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: name at least one")
+        if self.width % 32:
+            raise ValueError(f"width: {self.width} is not a multiple of 32, the size of an attention head")
+        self.make_env()
+
+    def make_env(self):
+        options = dict(TINY_BOARDS.get(self.env, {})) if self.model == "tiny" and not self.env_options else {}
+        for option in self.env_options:
+            key, equals, text = option.partition("=")
+            if not equals:
+                raise ValueError(f"env_options: {option!r} is not KEY=VALUE")
+            try:
+                options[key] = json.loads(text)
+            except json.JSONDecodeError:
+                options[key] = text
+        return environments.make(self.env, **{"response_limit": self.max_response_tokens, **options})
+
+    def torch_device(self):
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+
+    def evaluation_seeds(self):
+        start = EVALUATION_SEED if self.boards == "evaluation" else VALIDATION_SEED
+        return range(start, start + self.eval_boards)
+
+
+# The agent ------------------------------------------------------------------------------------------------------------
+
+FILLERS = ["Let me look at the board.", "I should plan ahead.", "One wrong step can spoil the game.", "Let me check every move.",
+           "First I look, then I move.", "There is no need to hurry."]
+
+
+def demonstration(env, rng, noise, rambling):
+    """A response that states facts and then plays the oracle's move, or with probability `noise` a random one.
+
+    rambling: the facts come in any order, between phrases that say nothing, as a language model's reasoning does.
+    """
+    sentences = env.facts()
+    if rambling:
+        sentences = list(rng.permutation(sentences + list(rng.choice(FILLERS, 3))))
+    ahead, actions = copy.deepcopy(env), []
+    while len(actions) < env.actions_per_turn and not (ahead.solved() or ahead.failed()):
+        plan = ahead.oracle()
+        actions.append(plan[0] if plan and rng.random() >= noise else str(rng.choice(env.actions)))
+        ahead.move(actions[-1])
+    return environments.response(actions, think=" ".join(sentences))
+
+
+def demonstrations(env, tokenizer, seeds, rng, noise, rambling, desc):
+    """One demonstrated episode a seed -> Trajectories."""
+    chat, transcripts = sampling.Chat(tokenizer, env.system_prompt), []
+    for seed in tqdm(seeds, desc=desc, unit="episode", leave=False):
+        transcript = sampling.Transcript(chat, env, seed, max_context=10**9, max_response_tokens=0)
+        while transcript.respond(tokenizer(demonstration(env, rng, noise, rambling)).input_ids + [tokenizer.eos_token_id]):
+            pass
+        transcripts.append(transcript)
+    return sampling.pack(transcripts, tokenizer.pad_token_id)
+
+
+def imitate(model, data, steps, lr, rng, desc, batch=16, action_weight=8.0):
+    """Supervised training on the responses of `data`; learning rate falls linearly to a twentieth."""
+    optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.95))
+    by_length = data.lengths.argsort()  # neighbours are of like length, so a batch has little padding
+    bar = tqdm(range(steps), desc=desc, unit="update", leave=False)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50) * max(0.05, 1 - step / steps)
+        start = int(rng.integers(len(data) - batch + 1))
+        rows = data.select(by_length[start:start + batch])
+        stats = score(model, rows.ids, rows.response_mask)
+        # Action tokens are few but decide the game; unweighted, they are learnt last.
+        weights = rows.response_mask + (action_weight - 1) * rows.action_mask
+        loss = -(weights * stats.logprobs).sum() / weights.sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.2f}")
+
+
+def teach(settings):
+    """The built-in agent: taught the game well, then to play it badly -> (model, tokenizer).
+
+    The two stages matter: an agent that is weak because it never learnt the game has nothing that reinforcement could bring
+    out. This one knows the game and plays it badly, as an instruction-tuned model does.
+    """
+    env, rng = settings.make_env(), np.random.default_rng(0)
+    texts = ["system user assistant", *FILLERS]
+    for seed in range(100):
+        observation, _ = env.reset(seed=seed)
+        over = False
+        while not over:
+            answer = demonstration(env, rng, 0.5, rambling=False)
+            texts += [observation, answer]
+            observation, _, terminated, truncated, _ = env.step(answer)
+            over = terminated or truncated
+    tokenizer = sampling.tiny_tokenizer(texts, phrases=[env.system_prompt, env.format_reminder])
+    model = sampling.tiny_model(tokenizer, width=settings.width, layers=settings.layers, heads=settings.width // 32)
+    held_out, n = first_observations(env, settings), settings.warm_episodes
+    good = demonstrations(env, tokenizer, draw_seeds(env, rng, n, held_out), rng, settings.warm_noise, False, "demonstrations")
+    imitate(model, good, settings.warm_steps, 3e-3, rng, "warm start, 1 of 2: know the game")
+    if settings.worse_steps:
+        bad = demonstrations(env, tokenizer, draw_seeds(env, rng, n // 2, held_out), rng, settings.worse_noise, True,
+                             "poor demonstrations")
+        imitate(model, bad, settings.worse_steps, 1e-3, rng, "warm start, 2 of 2: play it badly")
+    return model, tokenizer
+
+
+def taught_agent(settings):
+    """Directory of the built-in agent, taught now unless the cache holds one shaped by the same settings and code."""
+    shaping = ("env", "env_options", "max_response_tokens", "eval_boards", "boards", "width", "layers", "warm_episodes",
+               "warm_steps", "warm_noise", "worse_steps", "worse_noise")
+    code = [inspect.getsource(module) for module in (environments, sampling)]
+    code += [inspect.getsource(f) for f in (demonstration, demonstrations, imitate, teach, score)]
+    key = repr([(name, getattr(settings, name)) for name in shaping] + [TINY_BOARDS.get(settings.env), FILLERS, code,
+               torch.__version__, transformers.__version__, torch.get_num_threads()])
+    path = Path(settings.cache) / f"tiny-{settings.env}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = teach(settings)
+        partial = Path(tempfile.mkdtemp(dir=path.parent))
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        try:
+            os.rename(partial, path)  # all or nothing: an interrupted warm start leaves no half-written agent
+        except OSError:  # another run was first
+            shutil.rmtree(partial)
+    return str(path)
+
+
+def load_agent(path, device):
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    return model.to(device), tokenizer
+
+
+def first_observations(env, settings):
+    """What the evaluation boards look like: training skips boards that look the same."""
+    return {env.reset(seed=seed)[0] for seed in settings.evaluation_seeds()}
+
+
+def draw_seeds(env, rng, n, held_out):
+    """n seeds of boards that are not among the evaluation boards."""
+    seeds = []
+    while len(seeds) < n:
+        seed = int(rng.integers(EVALUATION_SEED))
+        if env.reset(seed=seed)[0] not in held_out:
+            seeds.append(seed)
+    return seeds
+
+
+class Critic(nn.Module):
+    """V of the state before each token: the policy's backbone, copied, with a scalar head that starts at 0."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.backbone = copy.deepcopy(model.base_model)
+        self.head = nn.Linear(model.config.hidden_size, 1, device=model.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, ids, response_mask):
+        """ids[B, T], response_mask[B, T] -> values[B, T], 0 outside the mask."""
+        hidden = self.backbone(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]
+        values = self.head(hidden)[..., 0].float()
+        return torch.where(response_mask, nn.functional.pad(values, (1, 0)), 0.0)
+
+
+@dataclass
+class TokenStats:
+    logprobs: torch.Tensor  # [B, T], of each response token; 0 elsewhere, as are the next two
+    logsumexp: torch.Tensor  # [B, T]
+    entropy: torch.Tensor  # [B, T]
+    hidden: torch.Tensor  # [N, H], the states that predict the N response tokens
+
+
+def score(model, ids, response_mask, temperature=1.0):
+    """Statistics of every response token under a model: column t is of token t, predicted from the state at t - 1."""
+    hidden = model.base_model(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]
+    here = response_mask[:, 1:]
+    hidden, head = hidden[here], model.get_output_embeddings()  # [N, H]
+    stats = token_stats(hidden, head.weight, ids[:, 1:][here], bias=head.bias, temperature=temperature)
+    blank = torch.zeros(ids.shape, device=ids.device)
+    return TokenStats(*(blank.masked_scatter(response_mask, values) for values in stats), hidden)
+
+
+# Learning -------------------------------------------------------------------------------------------------------------
+
+
+def credit_weights(credit, signal, action_mask, response_mask, settings):
+    """The token weights of a credit; a credit is a pair (alpha, beta)."""
+    return token_weights(signal, action_mask, response_mask, **CREDITS[credit](settings))
+
+
+def normalise(x, mask):
+    """x[B, T] with mean 0 and deviation 1 over the mask, 0 outside."""
+    values = x[mask]
+    return torch.where(mask, (x - values.mean()) / (values.std(correction=0) + 1e-6), 0.0)
+
+
+def micro_batches(batch, rows, size):
+    """Split rows of a dict of [B, ...] tensors into parts of `size`, of like length, without needless padding."""
+    rows = rows[batch["lengths"][rows].argsort(stable=True)]
+    for part in rows.split(size):
+        longest = int(batch["lengths"][part].max())
+        yield {name: x[part][:, :longest] if x.dim() > 1 else x[part] for name, x in batch.items()}
+
+
+@torch.no_grad()
+def token_table(function, batch, size):
+    """function(part of batch) -> {name: [b, T]} over micro-batches, put together in batch order."""
+    shape, device = batch["ids"].shape, batch["ids"].device
+    table = defaultdict(lambda: torch.zeros(shape, device=device))
+    everything = torch.arange(shape[0], device=device)
+    for part in micro_batches({**batch, "row": everything}, everything, size):
+        for name, values in function(part).items():
+            table[name][part["row"], :values.shape[1]] = values
+    return dict(table)
+
+
+class Learner:
+    """One arm's policy and, under PPO, critic, with their optimisers; `update` is the whole algorithm."""
+
+    def __init__(self, policy, reference, algo, credit, settings):
+        self.policy, self.reference, self.settings = policy, reference, settings
+        self.algo, self.credit = algo, credit
+        self.optimizers = [torch.optim.Adam(policy.parameters(), settings.lr, betas=(0.9, 0.999))]
+        self.critic = Critic(policy) if algo == "ppo" else None
+        if self.critic:
+            self.optimizers.append(torch.optim.Adam(self.critic.parameters(), settings.critic_lr, betas=(0.9, 0.999)))
+
+    def prepare(self, trajectories, advantages):
+        """Everything that stays fixed during the updates of a step -> dict of tensors, [B, T] unless said otherwise.
+
+        advantages[B]: GRPO's, one a trajectory; PPO computes its own from the critic.
+        """
+        s, device = self.settings, self.policy.device
+        batch = {name: getattr(trajectories, name).to(device) for name in ("ids", "response_mask", "action_mask", "lengths")}
+        mask = batch["response_mask"]
+
+        def fixed(part):
+            # Old log-probs come from the same forward pass as the new ones, so the first ratio is exactly 1.
+            old = score(self.policy, part["ids"], part["response_mask"], s.temperature)
+            ref = score(self.reference, part["ids"], part["response_mask"], s.temperature)
+            table = {"old_logprobs": old.logprobs, "old_entropy": old.entropy, "ref_logprobs": ref.logprobs,
+                     "ref_energy": -ref.logsumexp, "ref_entropy": ref.entropy}
+            if self.critic:
+                table["old_values"] = self.critic(part["ids"], part["response_mask"])
+            return table
+
+        batch.update(token_table(fixed, batch, s.micro_batch))
+        signal = token_signal(s.signal, **{name: batch[name] for name in
+                                           ("old_logprobs", "ref_logprobs", "ref_energy", "ref_entropy")})
+        batch["weights"] = credit_weights(self.credit, signal, batch["action_mask"], mask, s)
+        if self.critic:
+            last = last_response(mask)
+            rewards = last * trajectories.returns.to(device)[:, None]  # the return is paid on the last response token
+            raw, batch["value_targets"] = gae(rewards, batch["old_values"], mask, gamma=s.gamma, lam=s.lam)
+            batch["advantages"] = normalise(raw, mask)
+        else:
+            batch["advantages"] = advantages.to(device)[:, None] * mask
+        return batch
+
+    def minibatch_loss(self, part, weight_sum, tokens):
+        """A micro-batch's share of the minibatch's loss -> (loss, hidden states, sums for the log)."""
+        s, mask = self.settings, part["response_mask"]
+        new = score(self.policy, part["ids"], mask, s.temperature)
+        loss, stats = weighted_policy_loss(new.logprobs, part["old_logprobs"], part["advantages"], part["weights"],
+                                           clip_low=s.clip_low, clip_high=s.clip_high, weight_sum=weight_sum)
+        n = (part["weights"] > 0).sum()
+        log = {name: value * n for name, value in stats.items()} | {"policy_loss": loss.detach(), "n": n}
+        loss = loss - s.entropy_coef * new.entropy.sum() / tokens
+        if s.kl_coef:
+            # Squared log-ratio / 2: unlike k1 (the paper's), its gradient on the policy's own samples is that of the KL.
+            loss = loss + s.kl_coef * 0.5 * (new.logprobs - part["ref_logprobs"]).square().sum() / tokens
+        if self.critic:
+            values, old, target = self.critic(part["ids"], mask), part["old_values"], part["value_targets"]
+            clipped = old + (values - old).clamp(-s.value_clip, s.value_clip)
+            value_loss = 0.5 * torch.maximum((values - target) ** 2, (clipped - target) ** 2).sum() / tokens
+            log["value_loss"] = value_loss.detach()
+            loss = loss + value_loss
+        return loss, new.hidden, log
+
+    def update(self, trajectories, advantages, rng):
+        """All minibatch updates of one step -> metrics."""
+        s = self.settings
+        batch = self.prepare(trajectories, advantages)
+        totals, updates = defaultdict(float), 0
+        for _ in range(s.epochs):
+            order = torch.from_numpy(rng.permutation(len(trajectories))).to(self.policy.device)
+            for rows in order.split(s.minibatch):
+                weight_sum, tokens = batch["weights"][rows].sum(), batch["response_mask"][rows].sum()
+                for part in micro_batches(batch, rows, s.micro_batch):
+                    loss, hidden, log = self.minibatch_loss(part, weight_sum, tokens)
+                    hidden.retain_grad()
+                    loss.backward()
+                    squares = hidden.grad.float().square().sum(-1)  # [N]
+                    log["grad_action"] = squares[part["action_mask"][part["response_mask"]]].sum()
+                    log["grad_all"] = squares.sum()
+                    for name, value in log.items():
+                        totals[name] += float(value)
+                norms = [nn.utils.clip_grad_norm_(group["params"], s.max_grad_norm)
+                         for optimizer in self.optimizers for group in optimizer.param_groups]
+                totals["grad_norm"] += float(norms[0])
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                updates += 1
+        return self.metrics(batch, totals, updates)
+
+    def metrics(self, batch, totals, updates):
+        mask, action = batch["response_mask"], batch["action_mask"]
+        entropy = batch["old_entropy"]
+        mean = lambda values: float(values.mean()) if len(values) else None
+        out = {"updates": updates, "policy_loss": totals["policy_loss"] / updates, "grad_norm": totals["grad_norm"] / updates}
+        out |= {name: totals[name] / max(totals["n"], 1) for name in ("approx_kl", "clip_fraction", "ratio_mean")}
+        out |= {"think_entropy": mean(entropy[mask & ~action]), "action_entropy": mean(entropy[action]),
+                "action_energy": mean(batch["ref_energy"][action]),
+                "weight_share_action": float(batch["weights"][action].sum() / batch["weights"].sum()),
+                "grad_share_action": totals["grad_action"] / max(totals["grad_all"], 1e-30)}
+        if self.critic:
+            target, error = batch["value_targets"][mask], (batch["value_targets"] - batch["old_values"])[mask]
+            variance = float(target.var())
+            out |= {"value_loss": totals["value_loss"] / updates,
+                    "explained_variance": 1 - float(error.var()) / variance if variance > 0 else None}
+        return out
+
+
+def last_response(mask):
+    """1.0 on the last True of each row of mask[B, T]."""
+    remaining = mask.flip(1).cumsum(1).flip(1)  # [B, T]: True entries from here on
+    return (mask & (remaining == 1)).float()
+
+
+# The comparison -------------------------------------------------------------------------------------------------------
+
+
+def play(policy, tokenizer, envs, seeds, settings, temperature, generator):
+    return sampling.rollout(policy, tokenizer, envs[: len(seeds)], seeds=seeds, temperature=temperature,
+                            max_response_tokens=settings.max_response_tokens, generator=generator)
+
+
+def describe(trajectories):
+    """Plain facts of a batch of trajectories, for the log."""
+    response, action = trajectories.response_mask.sum().item(), trajectories.action_mask.sum().item()
+    turns = max(int(trajectories.turns.sum()), 1)
+    return {"return": trajectories.returns.mean().item(), "success": trajectories.success.float().mean().item(),
+            "format_valid": float((trajectories.valid * trajectories.turns).sum() / turns),
+            "turns": turns / len(trajectories), "think_tokens": (response - action) / turns, "action_tokens": action / turns,
+            "action_fraction": action / max(response, 1)}
+
+
+def train_arm(settings, base, algo, credit, seed, report):
+    """Train one arm from the agent in directory `base`; report(line) gets each step's metrics -> the arm's summary."""
+    s, device = settings, settings.torch_device()
+    torch.manual_seed(seed)
+    policy, tokenizer = load_agent(base, device)
+    policy.eval()  # no dropout: the ratio compares the policy with itself
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    learner = Learner(policy, reference, algo, credit, s)
+    env = s.make_env()
+    held_out = first_observations(env, s)
+    envs = [copy.deepcopy(env) for _ in range(max(s.prompts * s.rollouts, s.eval_boards * s.eval_rollouts))]
+    rng = np.random.default_rng(seed)  # boards and minibatches
+    generator = torch.Generator(device).manual_seed(seed)  # tokens
+    eval_steps, eval_success = [], []
+    for step in range(s.steps + 1):
+        started, line = time.perf_counter(), {"algo": algo, "credit": credit, "seed": seed, "step": step}
+        if step:
+            seeds = np.repeat(draw_seeds(env, rng, s.prompts, held_out), s.rollouts).tolist()
+            trajectories = play(policy, tokenizer, envs, seeds, s, s.temperature, generator)
+            rollout_seconds = time.perf_counter() - started
+            returns = trajectories.returns.view(s.prompts, s.rollouts)  # [P, G]
+            spread = variance_filter(returns, keep=1)
+            kept = variance_filter(returns, keep=s.keep) if s.keep < 1 else torch.arange(s.prompts)
+            line |= describe(trajectories) | {"zero_spread_groups": s.prompts - len(spread), "kept_groups": len(kept)}
+            if len(spread) or (algo == "ppo" and len(kept)):
+                rows = (kept[:, None] * s.rollouts + torch.arange(s.rollouts)).flatten()
+                line |= learner.update(trajectories.select(rows), group_advantages(returns)[kept].flatten(), rng)
+            else:  # nothing to learn from: every group got one return
+                line |= {"updates": 0}
+            line |= {"tokens_per_second": trajectories.response_mask.sum().item() / rollout_seconds,
+                     "rollout_seconds": rollout_seconds, "seconds": time.perf_counter() - started}
+        if step % s.eval_every == 0 or step == s.steps:
+            seeds = np.repeat(s.evaluation_seeds(), s.eval_rollouts).tolist()
+            # The same luck at every evaluation: differences are the policy's.
+            played = play(policy, tokenizer, envs, seeds, s, s.eval_temperature, torch.Generator(device).manual_seed(0))
+            line |= {f"eval_{name}": value for name, value in describe(played).items()}
+            eval_steps.append(step)
+            eval_success.append(line["eval_success"])
+        report(line)
+    return {"algo": algo, "credit": credit, "seed": seed, "eval_steps": eval_steps, "eval_success": eval_success,
+            "final_success": eval_success[-1], "peak_success": max(eval_success)}
+
+
+_lines = None  # a worker's way to its parent
+
+
+def _start_worker(lines, threads):
+    global _lines
+    _lines = lines
+    torch.set_num_threads(threads)
+
+
+def _work(settings, base, arm):
+    return train_arm(settings, base, *arm, report=_lines.put)
+
+
+def train_arms(settings, base, arms, report):
+    """Train arms side by side, one process each: a small model cannot use several cores, several arms can."""
+    cores = os.cpu_count() or 1
+    jobs = min(settings.jobs or (1 if settings.torch_device().type == "cuda" else cores), len(arms))
+    if jobs == 1:
+        return [train_arm(settings, base, *arm, report=report) for arm in arms]
+    context = torch.multiprocessing.get_context("spawn")
+    lines = context.Queue()
+    with ProcessPoolExecutor(jobs, context, _start_worker, (lines, max(1, cores // jobs))) as pool:
+        futures = [pool.submit(_work, settings, base, arm) for arm in arms]
+        try:
+            pending = set(futures)
+            while pending or not lines.empty():
+                try:
+                    report(lines.get(timeout=0.5))
+                except queue.Empty:
+                    done, pending = wait(pending, timeout=0)
+                    for future in done:
+                        future.result()  # a worker's error ends the run
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+def table(summary):
+    """The comparison as text: one row an algorithm and credit, means over seeds with their range."""
+    groups = defaultdict(list)
+    for arm in summary["arms"]:
+        groups[arm["algo"], arm["credit"]].append(arm)
+    percent = lambda values: f"{100 * np.mean(values):5.1f}" + (
+        f" ({100 * min(values):.1f}..{100 * max(values):.1f})" if len(values) > 1 else "")
+    seeds = summary["config"]["seeds"]
+    rows = [("arm", "before", "final", "peak", "peak to final", "final, against uniform")]
+    for (algo, credit), arms in groups.items():
+        base = groups.get((algo, "uniform"))
+        gains = [a["final_success"] - b["final_success"] for a, b in zip(arms, base or [])]
+        rows.append((f"{algo} {credit}", percent([a["eval_success"][0] for a in arms]),
+                     percent([a["final_success"] for a in arms]), percent([a["peak_success"] for a in arms]),
+                     percent([a["final_success"] - a["peak_success"] for a in arms]),
+                     percent(gains) if gains and credit != "uniform" else ""))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    c = summary["config"]
+    lines.insert(0, f"Success in % on {c['eval_boards']} {c['boards']} boards x {c['eval_rollouts']} rollouts at temperature "
+                    f"{c['eval_temperature']}, after {c['steps']} steps; mean (range) over seeds {' '.join(map(str, seeds))}")
+    lines.append(f"random actions {100 * summary['floor']:.1f}, best play {100 * summary['ceiling']:.1f}")
+    for algo in dict.fromkeys(algo for algo, _ in groups):
+        if {(algo, "uniform"), (algo, "actfocus")} <= set(groups):
+            gains = [a["final_success"] - b["final_success"] for a, b in zip(groups[algo, "actfocus"], groups[algo, "uniform"])]
+            won = "ahead of" if np.mean(gains) > 0 else "behind" if np.mean(gains) < 0 else "level with"
+            lines.append(f"{algo}: ActFocus ends {abs(100 * np.mean(gains)):.1f} points {won} uniform, ahead in "
+                         f"{sum(g > 0 for g in gains)} of {len(gains)} seeds")
+    if len(seeds) < 3:
+        lines.append(f"{len(seeds)} seed{'s prove' if len(seeds) > 1 else ' proves'} nothing: run with --seeds 0 1 2 or more")
+    return "\n".join(lines)
+
+
+def plot(summary, path):
+    """Success over steps, mean and range over seeds; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return False
+    algos = list(dict.fromkeys(arm["algo"] for arm in summary["arms"]))
+    figure, axes = plt.subplots(1, len(algos), figsize=(5 * len(algos), 3.6), sharey=True, squeeze=False)
+    for axis, algo in zip(axes[0], algos):
+        for credit in dict.fromkeys(arm["credit"] for arm in summary["arms"]):
+            arms = [arm for arm in summary["arms"] if (arm["algo"], arm["credit"]) == (algo, credit)]
+            curves = np.array([arm["eval_success"] for arm in arms])  # [seeds, evaluations]
+            line, = axis.plot(arms[0]["eval_steps"], curves.mean(0), label=credit)
+            axis.fill_between(arms[0]["eval_steps"], curves.min(0), curves.max(0), alpha=0.2, color=line.get_color())
+        for name in ("floor", "ceiling"):
+            axis.axhline(summary[name], color="grey", linestyle=":", linewidth=1)
+        axis.set(title=algo.upper(), xlabel="step", ylim=(0, 1.02))
+    axes[0][0].set_ylabel("success on evaluation boards")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def compare(settings):
+    """Run all arms, write the output directory -> summary."""
+    out, started = Path(settings.out), time.perf_counter()
+    if settings.model == "tiny":
+        print("teaching the built-in agent the game (cached afterwards)", file=sys.stderr)
+        base = taught_agent(settings)
+    else:
+        base = settings.model
+    env = settings.make_env()
+    floor = environments.random_floor(env, settings.evaluation_seeds())
+    ceiling = environments.mean_ceiling(env, settings.evaluation_seeds())
+    arms = [(algo, credit, seed) for seed in settings.seeds for algo in settings.algos for credit in settings.credits]
+    lines = []
+    with tqdm(total=len(arms) * (settings.steps + 1), desc=f"{len(arms)} arms", unit="step", smoothing=0.05) as bar, \
+            open(out / "metrics.jsonl", "w") as file:
+        def report(line):
+            lines.append(line)
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            if "eval_success" in line:
+                bar.write(f"{line['algo']:<4} {line['credit']:<8} seed {line['seed']}  step {line['step']:>3}  "
+                          f"success {100 * line['eval_success']:5.1f} %  valid {100 * line['eval_format_valid']:5.1f} %")
+            bar.update()
+        results = train_arms(settings, base, arms, report)
+    # Arms that ran side by side have mixed their lines; on disk an arm's lines stand together.
+    lines.sort(key=lambda line: (arms.index((line["algo"], line["credit"], line["seed"])), line["step"]))
+    write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    summary = {"config": dataclasses.asdict(settings), "floor": floor, "ceiling": ceiling, "arms": results,
+               "seconds": time.perf_counter() - started}
+    write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    print(table(summary))
+    drawn = plot(summary, out / "curves.png")
+    print(f"{summary['seconds'] / 60:.1f} minutes; written: {out}/metrics.jsonl, summary.json" + (", curves.png" if drawn else ""))
+    return summary
+
+
+def write(path, text):
+    """Replace a file at once, so that a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def parse(arguments):
+    """Command line -> Settings; anything wrong with it ends in one line on stderr and exit code 2."""
+    parser = OneLineParser("train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in dataclasses.fields(Settings):
+        many = isinstance(f.default, tuple)
+        kind = type(f.default[0]) if many and f.default else str if many else type(f.default)
+        choices = f.metadata["choices"]
+        text = f.metadata["help"].replace("%", "%%") + (f" ({', '.join(choices)})" if choices else "")
+        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=text,
+                            nargs="+" if many else None, metavar=f.name.split("_")[-1].upper())
+    values = vars(parser.parse_args(arguments))
+    try:
+        settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        settings.torch_device()
+        if settings.model != "tiny":
+            check_model(settings.model)
+        for directory in (settings.out, settings.cache):
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.error(str(error))
+    return settings
+
+
+def check_model(name):
+    """ValueError unless the model can be had: a directory, or an id that is on this machine or can be downloaded."""
+    try:
+        transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: cannot load {name!r} ({str(error).splitlines()[0]})") from None
+
+
+def main(arguments=None):
+    compare(parse(arguments))
+
+
+if __name__ == "__main__":
+    main()
