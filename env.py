@@ -214,7 +214,7 @@ class Sokoban(Env):
     intro = ("You are solving Sokoban: push every box onto a target.\nSymbols: # wall, _ floor, O target, X box, √ box on "
              "target, P player, S player on target.\nMoving into a box pushes it, if the cell behind it is free. Boxes "
              "cannot be pulled.")
-    move_facts = ("is a wall", "is free", "pushes the box", "is blocked by the box")
+    move_facts = ("is a wall", "pushes the box", "is blocked by the box")  # a free cell is not worth a sentence
     fact_pattern = _fact_pattern(move_facts)
 
     def __init__(self, *, size=6, walls=2, boxes=1, min_moves=1, max_moves=None, observation="grid", **budgets):
@@ -305,12 +305,14 @@ class Sokoban(Env):
         sentences = []
         for (box, at), (target, goal) in zip(boxes, targets):
             sentences += relations(box, at, "player", self.player) + relations(target, goal, box, at)
+        wall, push, blocked = self.move_facts
         for action, (d_row, d_column) in MOVES.items():
             ahead = (self.player[0] + d_row, self.player[1] + d_column)
-            stuck = self._after(self.player, self.boxes, action)[0] == self.player
-            wall, free, push, blocked = self.move_facts
-            what = wall if ahead in self.walls else free if ahead not in self.boxes else blocked if stuck else push
-            sentences.append(f"{action} {what}.")
+            if ahead in self.walls:
+                sentences.append(f"{action} {wall}.")
+            elif ahead in self.boxes:
+                stuck = self._after(self.player, self.boxes, action)[0] == self.player
+                sentences.append(f"{action} {blocked if stuck else push}.")
         return sentences
 
 
@@ -326,7 +328,7 @@ class FrozenLake(Env):
     actions = ("Left", "Down", "Right", "Up")
     intro = ("You are walking over a frozen lake to the goal. The ice is slippery: a move may go sideways instead.\nSymbols: P "
              "player, _ ice, O hole, G goal, X player in hole, √ player on goal.\nFalling into a hole ends the game.")
-    move_facts = ("is the edge", "is ice", "is a hole", "is the goal")
+    move_facts = ("is the edge", "is a hole", "is the goal")
     fact_pattern = _fact_pattern(move_facts)
 
     def __init__(self, *, size=4, frozen=0.9, intended=0.8, **budgets):
@@ -411,12 +413,13 @@ class FrozenLake(Env):
                                  for name, cells in places])
 
     def facts(self):
-        edge, ice, hole, goal = self.move_facts
+        edge, hole, goal = self.move_facts
         sentences = relations("goal", self.goal, "player", self.player)
         for action in self.actions:
             ahead = self._after(self.player, action)
-            what = edge if ahead == self.player else hole if ahead in self.holes else goal if ahead == self.goal else ice
-            sentences.append(f"{action} {what}.")
+            if ahead == self.player or ahead == self.goal or ahead in self.holes:
+                what = edge if ahead == self.player else goal if ahead == self.goal else hole
+                sentences.append(f"{action} {what}.")
         return sentences
 
 

@@ -5,7 +5,7 @@ vocabulary are 1.2 GB in float32, and autograd keeps several. But the loss needs
 temperature, lse = logsumexp(z), p = exp(z - lse) and target y:
 
     logprob = z_y - lse            d logprob / dz_j = [j = y] - p_j
-    entropy = lse - sum_j p_j z_j  d entropy / dz_j = -p_j (z_j - lse + entropy)
+    entropy = -sum_j p_j log p_j   d entropy / dz_j = -p_j (log p_j + entropy)
 
 so `token_stats` keeps only lse and entropy, and the backward pass recomputes one chunk of logits at a time, turns it into
 its gradient in place, and adds its product straight into the one gradient buffer of the weight. The energy of ActFocus is
@@ -23,21 +23,35 @@ CHUNK_BYTES = 64 * 2**20  # size of one chunk of float32 logits
 COMPILE_FROM = 2**24  # elements in a call below which compiling costs more than it saves
 
 
+def _logits(hidden, weight, bias):
+    """float32 logits of a chunk. Rounding them to bfloat16 would cost the entropy its second digit."""
+    if weight.dtype == torch.float32:
+        return torch.nn.functional.linear(hidden, weight, bias)
+    if hidden.is_cuda:  # half-precision inputs, float32 result, no copy of the weight
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
+        for words in torch.arange(len(weight)).split(max(1, CHUNK_BYTES // (4 * weight.shape[1]))):
+            span = slice(int(words[0]), int(words[-1]) + 1)  # a float32 copy of a part of the weight at a time
+            torch.mm(hidden.float(), weight[span].float().T, out=logits[:, span])
+    return logits if bias is None else logits.add_(bias)
+
+
 def _forward_chunk(logits, targets, temperature):
     """logits[n, V], targets[n] -> logprob, raw logsumexp, logsumexp and entropy of logits / temperature, each [n]."""
-    logits = logits.float()
     raw = torch.logsumexp(logits, -1)
     z = logits / temperature
     lse = torch.logsumexp(z, -1)
-    p = torch.exp(z - lse[:, None])
-    # p * z with z = -inf (a masked-out word) must count as 0, not nan.
-    entropy = lse - torch.where(p > 0, p * z, 0.0).sum(-1)
-    return z.gather(-1, targets[:, None])[:, 0] - lse, raw, lse, entropy
+    log_p = z - lse[:, None]
+    p = torch.exp(log_p)
+    # p * log_p, not p * z: no difference of large numbers. A masked-out word (log_p = -inf) counts as 0, not nan.
+    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+    return log_p.gather(-1, targets[:, None])[:, 0], raw, lse, entropy
 
 
 def _backward_chunk(logits, targets, temperature, lse, entropy, d_logprob, d_entropy):
     """Gradient of the loss for logits[n, V], from the two formulas above."""
-    z = logits.float() / temperature
+    z = logits / temperature
     log_p = z - lse[:, None]
     p = torch.exp(log_p)
     slope = torch.where(p > 0, log_p + entropy[:, None], 0.0)
@@ -73,17 +87,17 @@ class _TokenStats(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, temperature):
         n, vocabulary = len(hidden), weight.shape[0]
         rows = max(1, CHUNK_BYTES // (4 * vocabulary))
-        out = torch.empty(4, n, dtype=torch.float32, device=hidden.device)
+        out = [hidden.new_empty(n, dtype=torch.float32) for _ in range(4)]
         for start in range(0, n, rows):
             part = slice(start, start + rows)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias)  # [rows, V]
+            logits = _logits(hidden[part], weight, bias)  # [rows, V]
             for row, values in zip(out, _run(_forward_chunk, n * vocabulary, logits, targets[part], temperature)):
                 row[part] = values
-        logprob, raw, lse, entropy = out.unbind()
+        logprob, raw, lse, entropy = out
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.temperature, ctx.rows = temperature, rows
         ctx.mark_non_differentiable(raw)
-        return logprob.clone(), raw.clone(), entropy.clone()
+        return logprob, raw, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -96,7 +110,7 @@ class _TokenStats(torch.autograd.Function):
         # Masked tokens come with gradient 0: nothing to recompute for them.
         for part in ((d_logprob != 0) | (d_entropy != 0)).nonzero()[:, 0].split(ctx.rows):
             h = hidden[part]  # [rows, H]
-            logits = torch.nn.functional.linear(h, weight, bias)
+            logits = _logits(h, weight, bias)
             d_logits = _run(_backward_chunk, len(hidden) * len(weight), logits, targets[part], ctx.temperature, lse[part],
                             entropy[part], d_logprob[part], d_entropy[part]).to(weight.dtype)  # [rows, V]
             if need_hidden:

@@ -33,7 +33,7 @@ import torch
 import transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import env as environments
 import rollout as sampling
@@ -163,14 +163,13 @@ FILLERS = ["Let me look at the board.", "I should plan ahead.", "One wrong step 
            "First I look, then I move.", "There is no need to hurry."]
 
 
-def demonstration(env, rng, noise, rambling):
-    """A response that states facts and then plays the oracle's move, or with probability `noise` a random one.
+def demonstration(env, rng, noise):
+    """A response that states facts, with empty phrases in between, and plays the oracle's moves.
 
-    rambling: the facts come in any order, between phrases that say nothing, as a language model's reasoning does.
+    Each move is a random one instead with probability `noise`.
     """
-    sentences = env.facts()
-    if rambling:
-        sentences = list(rng.permutation(sentences + list(rng.choice(FILLERS, 3))))
+    opening, closing = rng.choice(FILLERS, 2)
+    sentences = [opening, *env.facts(), closing]
     ahead, actions = copy.deepcopy(env), []
     while len(actions) < env.actions_per_turn and not (ahead.solved() or ahead.failed()):
         plan = ahead.oracle()
@@ -179,12 +178,12 @@ def demonstration(env, rng, noise, rambling):
     return environments.response(actions, think=" ".join(sentences))
 
 
-def demonstrations(env, tokenizer, seeds, rng, noise, rambling, desc):
+def demonstrations(env, tokenizer, seeds, rng, noise, desc):
     """One demonstrated episode a seed -> Trajectories."""
     chat, transcripts = sampling.Chat(tokenizer, env.system_prompt), []
     for seed in tqdm(seeds, desc=desc, unit="episode", leave=False):
         transcript = sampling.Transcript(chat, env, seed, max_context=10**9, max_response_tokens=0)
-        while transcript.respond(tokenizer(demonstration(env, rng, noise, rambling)).input_ids + [tokenizer.eos_token_id]):
+        while transcript.respond(tokenizer(demonstration(env, rng, noise)).input_ids + [tokenizer.eos_token_id]):
             pass
         transcripts.append(transcript)
     return sampling.pack(transcripts, tokenizer.pad_token_id)
@@ -224,17 +223,17 @@ def teach(settings):
         observation, _ = env.reset(seed=seed)
         over = False
         while not over:
-            answer = demonstration(env, rng, 0.5, rambling=False)
+            answer = demonstration(env, rng, noise=0.5)
             texts += [observation, answer]
             observation, _, terminated, truncated, _ = env.step(answer)
             over = terminated or truncated
     tokenizer = sampling.tiny_tokenizer(texts, phrases=[env.system_prompt, env.format_reminder])
     model = sampling.tiny_model(tokenizer, width=settings.width, layers=settings.layers, heads=settings.width // 32)
     held_out, n = first_observations(env, settings), settings.warm_episodes
-    good = demonstrations(env, tokenizer, draw_seeds(env, rng, n, held_out), rng, settings.warm_noise, False, "demonstrations")
+    good = demonstrations(env, tokenizer, draw_seeds(env, rng, n, held_out), rng, settings.warm_noise, "demonstrations")
     imitate(model, good, settings.warm_steps, 3e-3, rng, "warm start, 1 of 2: know the game")
     if settings.worse_steps:
-        bad = demonstrations(env, tokenizer, draw_seeds(env, rng, n // 2, held_out), rng, settings.worse_noise, True,
+        bad = demonstrations(env, tokenizer, draw_seeds(env, rng, n // 2, held_out), rng, settings.worse_noise,
                              "poor demonstrations")
         imitate(model, bad, settings.worse_steps, 1e-3, rng, "warm start, 2 of 2: play it badly")
     return model, tokenizer
@@ -263,7 +262,10 @@ def taught_agent(settings):
 
 
 def load_agent(path, device):
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:  # tokenizer.json as it stands: AutoTokenizer may rebuild it by model type, and then the ids are others
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    except (OSError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
     return model.to(device), tokenizer
 

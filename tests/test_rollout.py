@@ -1,0 +1,218 @@
+"""Multi-turn sampling: what is recorded is what the model saw, and spans are where the tags are."""
+
+import pytest
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import env as environments
+import rollout as sampling
+from rollout import Chat, Transcript, rollout
+
+
+def run(agent, n=6, temperature=1.0, seed=0, max_response_tokens=25, envs=None, **options):
+    model, tokenizer, make_env = agent
+    return rollout(model, tokenizer, envs or [make_env() for _ in range(n)], seeds=range(n), temperature=temperature,
+                   max_response_tokens=max_response_tokens, generator=torch.Generator().manual_seed(seed), **options)
+
+
+class Scripted(environments.Sokoban):
+    """Ends after a number of turns that depends on the seed, so that rows leave the batch one by one."""
+
+    def reset(self, *, seed=None, options=None):
+        result = super().reset(seed=seed)
+        self.max_turns = 1 + seed % 4
+        return result
+
+
+@pytest.fixture(scope="module")
+def ragged(agent):
+    envs = [Scripted(walls=0, max_moves=2, observation="both") for _ in range(6)]
+    return run(agent, envs=envs)
+
+
+def test_sampled_logprobs_are_those_of_one_plain_forward_pass(agent, ragged):
+    """The cache over several turns, the padding columns and the shrinking batch change nothing."""
+    model = agent[0]
+    assert ragged.turns.tolist() == [1, 2, 3, 4, 1, 2]
+    for row in range(6):
+        n = ragged.lengths[row]
+        ids, mask = ragged.ids[row, :n], ragged.response_mask[row, 1:n]
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(ids[None]).logits[0, :-1], -1).gather(-1, ids[1:, None])[:, 0]
+        torch.testing.assert_close(ragged.logprobs[row, 1:n][mask], logprobs[mask], atol=2e-5, rtol=0)
+        assert not ragged.logprobs[row, 1:n][~mask].any()
+
+
+def test_temperature_is_applied_to_the_recorded_logprobs(agent):
+    model = agent[0]
+    cool = run(agent, n=2, temperature=0.5)
+    n = cool.lengths[0]
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(cool.ids[:1, :n]).logits[0, :-1] / 0.5, -1).gather(-1, cool.ids[0, 1:n, None])[:, 0]
+    mask = cool.response_mask[0, 1:n]
+    torch.testing.assert_close(cool.logprobs[0, 1:n][mask], logprobs[mask], atol=2e-5, rtol=0)
+
+
+def test_a_trajectory_reads_as_the_chat_template_writes_it(agent, ragged):
+    """Decoding the ids gives the template's own text of the same conversation."""
+    _, tokenizer, _ = agent
+    for row in range(6):
+        env = Scripted(walls=0, max_moves=2, observation="both")
+        messages = [{"role": "system", "content": env.system_prompt}, {"role": "user", "content": env.reset(seed=row)[0]}]
+        for turn in range(int(ragged.turns[row])):
+            words = ragged.ids[row][ragged.turn_ids[row] == turn].tolist()
+            text = tokenizer.decode(words[:-1] if words[-1] == tokenizer.eos_token_id else words)
+            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": env.step(text)[0]}]
+        text = tokenizer.decode(ragged.ids[row, : ragged.lengths[row]])
+        expected = tokenizer.apply_chat_template(messages[:-1], tokenize=False)
+        assert expected.startswith(text) and expected[len(text):] in ("", "\n", "<|im_end|>\n")
+
+
+def test_the_end_of_turn_token_is_trained_and_a_cut_response_lacks_it(agent, ragged):
+    tokenizer = agent[1]
+    cut = ended = 0
+    for row in range(6):
+        for turn in range(int(ragged.turns[row])):
+            words = ragged.ids[row][ragged.turn_ids[row] == turn].tolist()
+            assert len(words) <= 25 and tokenizer.eos_token_id not in words[:-1]
+            if words[-1] == tokenizer.eos_token_id:
+                ended += 1
+            else:
+                cut += 1
+                assert len(words) == 25
+    assert cut > 0 and cut + ended == 13
+
+
+def test_the_same_generator_gives_the_same_trajectories(agent):
+    first, again, other = run(agent), run(agent), run(agent, seed=1)
+    assert torch.equal(first.ids, again.ids) and torch.equal(first.logprobs, again.logprobs)
+    assert first.ids.shape != other.ids.shape or not torch.equal(first.ids, other.ids)
+
+
+def test_rewards_and_validity_are_the_environments(agent, ragged):
+    assert ragged.returns.tolist() == pytest.approx((-0.1 * ragged.turns).tolist())  # an untrained agent never answers
+    assert not ragged.valid.any() and not ragged.success.any()
+
+
+def test_padding_is_outside_every_mask(ragged):
+    padding = torch.arange(ragged.ids.shape[1]) >= ragged.lengths[:, None]
+    assert not ragged.response_mask[padding].any() and (ragged.turn_ids[padding] == -1).all()
+    assert (ragged.ids[padding] == ragged.ids[padding][0]).all()
+    assert torch.equal(ragged.response_mask, ragged.turn_ids >= 0) and not (ragged.action_mask & ~ragged.response_mask).any()
+
+
+def test_selecting_rows_drops_their_needless_padding(ragged):
+    part = ragged.select(torch.tensor([0, 4]))
+    assert len(part) == 2 and part.ids.shape[1] == part.lengths.max() < ragged.ids.shape[1]
+    assert torch.equal(part.ids[0], ragged.ids[0, : part.ids.shape[1]])
+
+
+def test_an_episode_ends_where_the_next_turn_might_not_fit(agent):
+    long = run(agent, n=2)
+    limit = int(long.lengths.min()) - 5
+    short = run(agent, n=2, max_context=limit)
+    assert (short.lengths <= limit).all() and (short.turns < long.turns).all()
+    with pytest.raises(ValueError, match="context"):
+        run(agent, n=2, max_context=30)
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.0}, {"max_response_tokens": 0}, {"n": 0, "envs": [1]}])
+def test_bad_arguments_are_refused(agent, change):
+    with pytest.raises(ValueError):
+        run(agent, **change)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(agent):
+    plain = PreTrainedTokenizerFast(tokenizer_object=agent[1].backend_tokenizer, eos_token="<|im_end|>")
+    with pytest.raises(ValueError, match="chat template"):
+        Chat(plain, "")
+
+
+# Spans
+
+
+def bpe(merged):
+    """A byte-level tokenizer in which the given strings are single tokens, tags not among them unless named."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = [byte_level.pre_tokenize_str(text)[0][0] for text in merged]
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(alphabet + words)}, [], ignore_merges=True))
+    pattern = "|".join(sorted(map(lambda w: "".join("\\" + c if c in "|.()" else c for c in w), merged), key=len, reverse=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern + r"|[\s\S]" if merged else r"[\s\S]"), "isolated"), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+                                   chat_template=sampling.CHAT_TEMPLATE)
+
+
+@pytest.mark.parametrize("merged", [[], [">Up", "Up<"], ["><", ">U", "p</"], ["answer>Up || Left</answer"], ["> ", " Up"]])
+@pytest.mark.parametrize("text, inside", [
+    ("<think>so</think><answer>Up || Left</answer>", ["Up || Left"]),
+    ("<think>é 漢</think>\n<answer> Up</answer>", [" Up"]),
+    ("<answer>🙂Up</answer>", ["🙂Up"]),
+    ("<answer>Up</answer> and <answer>Down</answer>", ["Up", "Down"]),
+    ("<answer></answer>", []), ("<think>Up</think>", []), ("<answer>Up", []), ("Up</answer>", []), ("", [])])
+def test_action_tokens_are_those_with_a_character_between_the_tags(merged, text, inside):
+    """Whatever merges with whatever: compared with the bytes that each token stands for."""
+    tokenizer = bpe(merged)
+    ids = tokenizer(text).input_ids
+    raw, marked, start = text.encode(), [], 0
+    for words in inside:
+        start = raw.index(b"<answer>" + words.encode(), start) + len(b"<answer>")
+        marked.append((start, start + len(words.encode())))
+    table = {c: b for b, c in pre_tokenizers_bytes().items()}
+    position, expected = 0, []
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        end = position + len([table[c] for c in token])
+        expected.append(any(position < b and a < end for a, b in marked))
+        position = end
+    assert position == len(raw)
+    assert Chat(tokenizer, "").actions(ids) == expected
+
+
+def pre_tokenizers_bytes():
+    """Byte -> character of the byte-level alphabet (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
+def test_a_template_that_rewrites_history_does_not_change_recorded_ids(agent):
+    """Qwen3's template drops the reasoning of earlier turns; the recorded ids must keep it."""
+    _, tokenizer, make_env = agent
+    dropping = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        chat_template=sampling.CHAT_TEMPLATE.replace(
+            "message['content']", "(message['content'].split('</think>')[-1] if message['role'] == 'assistant' else message['content'])"))
+    transcript = Transcript(Chat(dropping, "rules"), make_env(), 0, 10**6, 100)
+    answer = dropping("<think>The box.</think><answer>Up</answer>").input_ids + [dropping.eos_token_id]
+    before = list(transcript.ids)
+    assert transcript.respond(answer)
+    assert transcript.ids[: len(before) + len(answer)] == before + answer
+    assert dropping.decode(transcript.ids[len(before) + len(answer):]).startswith("\n<|im_start|>user\nReward:")
+
+
+# The built-in agent
+
+
+def test_tiny_tokenizer_gives_back_any_text(agent):
+    tokenizer = agent[1]
+    for text in ("The box is above the player.", "naïve 漢字 🙂\t\x00", "#_P_√#\n", "  two  spaces "):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_tiny_tokenizer_knows_words_cells_and_instructions(agent):
+    _, tokenizer, make_env = agent
+    env = make_env()
+    pieces = lambda text: [tokenizer.decode([i]) for i in tokenizer(text).input_ids]
+    assert pieces("The box is") == ["The", " box", " is"] and pieces("#PX#") == ["#", "P", "X", "#"]
+    assert len(pieces(env.system_prompt)) == len(pieces(env.format_reminder)) == 1
+
+
+def test_tiny_agent_is_the_same_for_the_same_seed(agent):
+    tokenizer = agent[1]
+    one, two, other = (sampling.tiny_model(tokenizer, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
