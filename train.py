@@ -85,8 +85,8 @@ class Settings:
     minibatch: int = setting(32, "trajectories an optimiser update", low=1)
     micro_batch: int = setting(16, "trajectories a forward pass; changes memory and speed, not the result", low=1)
     epochs: int = setting(1, "passes over a step's trajectories", low=1)
-    lr: float = setting(2e-4, "Adam's learning rate of the policy (paper 1e-6, for models a thousand times larger)", low=0)
-    critic_lr: float = setting(1e-3, "PPO: learning rate of the critic (paper 1e-5)", low=0)
+    lr: float = setting(1e-4, "Adam's learning rate of the policy (paper 1e-6, for models a thousand times larger)", low=0)
+    critic_lr: float = setting(3e-3, "PPO: learning rate of the critic (paper 1e-5)", low=0)
     clip_low: float = setting(0.2, "ratio is clipped below at 1 - this", low=0, high=1)
     clip_high: float = setting(0.28, "ratio is clipped above at 1 + this", low=0)
     value_clip: float = setting(0.5, "PPO: a value moves at most this far from its old one in an update", low=0)
@@ -106,12 +106,12 @@ class Settings:
                           choices=("evaluation", "validation"))
     # the built-in agent's warm start
     width: int = setting(64, "hidden size of the built-in agent, a multiple of 32", low=32)
-    layers: int = setting(2, "its layers", low=1)
+    layers: int = setting(2, "layers of the built-in agent", low=1)
     warm_episodes: int = setting(3000, "demonstrations of the first stage: knowing the game", low=16)
-    warm_steps: int = setting(900, "updates of the first stage", low=1)
+    warm_steps: int = setting(1200, "updates of the first stage", low=1)
     warm_noise: float = setting(0.2, "share of random actions in the first stage", low=0, high=1)
-    worse_steps: int = setting(100, "updates of the second stage: playing badly while thinking at length", low=0)
-    worse_noise: float = setting(0.6, "share of random actions in the second stage", low=0, high=1)
+    worse_steps: int = setting(80, "updates of the second stage: playing badly while thinking at length", low=0)
+    worse_noise: float = setting(0.75, "share of random actions in the second stage", low=0, high=1)
     # the machine
     device: str = setting("auto", "auto, cpu or cuda")
     jobs: int = setting(0, "arms trained side by side; 0 = one a CPU core, 1 on a GPU", low=0)
@@ -218,7 +218,7 @@ def teach(settings):
     out. This one knows the game and plays it badly, as an instruction-tuned model does.
     """
     env, rng = settings.make_env(), np.random.default_rng(0)
-    texts = ["system user assistant", *FILLERS]
+    texts = ["system", "user", "assistant", *FILLERS]
     for seed in range(100):
         observation, _ = env.reset(seed=seed)
         over = False

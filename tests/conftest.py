@@ -26,6 +26,6 @@ def agent():
         return environments.make("sokoban", walls=0, min_moves=2, max_moves=6, max_turns=3, observation="coordinates")
     env = make_env()
     observation, _ = env.reset(seed=0)
-    texts = ["system user assistant", observation, environments.response(env.actions, " ".join(env.facts()))]
+    texts = ["system", "user", "assistant", observation, environments.response(env.actions, " ".join(env.facts()))]
     tokenizer = sampling.tiny_tokenizer(texts, phrases=[env.system_prompt, env.format_reminder])
     return sampling.tiny_model(tokenizer), tokenizer, make_env
