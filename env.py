@@ -219,11 +219,11 @@ class Sokoban(Env):
 
     def __init__(self, *, size=6, walls=2, boxes=1, min_moves=1, max_moves=None, observation="grid", **budgets):
         super().__init__(**budgets)
-        max_moves = self.max_actions if max_moves is None else max_moves
+        playable = min(self.max_actions, self.max_turns * self.actions_per_turn)
+        max_moves = playable if max_moves is None else max_moves
         inner = max(size - 2, 0) ** 2
         if size < 4 or walls < 0 or boxes < 1 or inner < walls + 2 * boxes + 1:
             raise ValueError(f"size {size} has no room for {walls} walls, {boxes} boxes, their targets and the player")
-        playable = min(self.max_actions, self.max_turns * self.actions_per_turn)
         if not 1 <= min_moves <= max_moves <= playable:
             raise ValueError(f"need 1 <= min_moves <= max_moves <= {playable} (the budget), got {min_moves}..{max_moves}")
         if observation not in ("grid", "coordinates", "both"):

@@ -6,18 +6,25 @@ fed once: a turn costs its own tokens, not the conversation's.
 
     trajectories = rollout(model, tokenizer, envs, seeds=range(128), temperature=1.0, max_response_tokens=100,
                            generator=torch.Generator().manual_seed(0))
+    stats = score(model, trajectories.ids, trajectories.response_mask)      # log-prob, logsumexp, entropy of each token
 
-Works with any Hugging Face causal model and a tokenizer that has a chat template; `tiny_tokenizer` and `tiny_model` build
-the pair that the default run trains from scratch. Shapes as in actfocus.py.
+Works with any Hugging Face causal model and a tokenizer that has a chat template. The last section builds the pair that the
+default run uses, and the demonstrations that teach it to answer in the right format. Shapes as in actfocus.py.
 """
 
+import copy
 import re
 from dataclasses import dataclass, fields
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
+
+from env import response
+from kernels import token_stats
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -276,6 +283,27 @@ def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, 
     return pack(transcripts, pad_id)
 
 
+# Scoring --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenStats:
+    logprobs: torch.Tensor  # [B, T], of each response token; 0 elsewhere, as are the next two
+    logsumexp: torch.Tensor  # [B, T]
+    entropy: torch.Tensor  # [B, T]
+    hidden: torch.Tensor  # [N, H], the states that predict the N response tokens
+
+
+def score(model, ids, response_mask, temperature=1.0):
+    """Statistics of every response token under a model: column t is of token t, predicted from the state at t - 1."""
+    hidden = model.base_model(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]
+    here = response_mask[:, 1:]
+    hidden, head = hidden[here], model.get_output_embeddings()  # [N, H]
+    stats = token_stats(hidden, head.weight, ids[:, 1:][here], bias=head.bias, temperature=temperature)
+    blank = torch.zeros(ids.shape, device=ids.device)
+    return TokenStats(*(blank.masked_scatter(response_mask, values) for values in stats), hidden)
+
+
 # The built-in agent ---------------------------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = (  # the shape of Qwen2.5's
@@ -315,3 +343,78 @@ def tiny_model(tokenizer, *, width=64, layers=2, heads=2, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").float()
+
+
+FILLERS = ["Let me look at the board.", "I should plan ahead.", "One wrong step can spoil the game.",
+           "Let me check every move.", "First I look, then I move.", "There is no need to hurry."]
+
+
+def demonstration(env, rng, noise):
+    """A response that states facts, with empty phrases in between, and plays the oracle's moves.
+
+    Each move is a random one instead with probability `noise`.
+    """
+    opening, closing = rng.choice(FILLERS, 2)
+    sentences = [opening, *env.facts(), closing]
+    ahead, actions = copy.deepcopy(env), []
+    while len(actions) < env.actions_per_turn and not (ahead.solved() or ahead.failed()):
+        plan = ahead.oracle()
+        actions.append(plan[0] if plan and rng.random() >= noise else str(rng.choice(env.actions)))
+        ahead.move(actions[-1])
+    return response(actions, think=" ".join(sentences))
+
+
+def demonstrations(env, tokenizer, seeds, rng, noise, desc):
+    """One demonstrated episode a seed -> Trajectories."""
+    chat, transcripts = Chat(tokenizer, env.system_prompt), []
+    for seed in tqdm(seeds, desc=desc, unit="episode", leave=False):
+        transcript = Transcript(chat, env, seed, max_context=10**9, max_response_tokens=0)
+        while transcript.respond(tokenizer(demonstration(env, rng, noise)).input_ids + [tokenizer.eos_token_id]):
+            pass
+        transcripts.append(transcript)
+    return pack(transcripts, tokenizer.pad_token_id)
+
+
+def imitate(model, data, steps, lr, rng, desc, batch=16, action_weight=8.0):
+    """Supervised training on the responses of `data`; learning rate falls linearly to a twentieth."""
+    optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.95))
+    by_length = data.lengths.argsort()  # neighbours are of like length, so a batch has little padding
+    bar = tqdm(range(steps), desc=desc, unit="update", leave=False)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50) * max(0.05, 1 - step / steps)
+        start = int(rng.integers(len(data) - batch + 1))
+        rows = data.select(by_length[start:start + batch])
+        stats = score(model, rows.ids, rows.response_mask)
+        # Action tokens are few but decide the game; unweighted, they are learnt last.
+        weights = rows.response_mask + (action_weight - 1) * rows.action_mask
+        loss = -(weights * stats.logprobs).sum() / weights.sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.2f}")
+
+
+# Any agent ------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path):
+    try:  # tokenizer.json as it stands: AutoTokenizer may rebuild it by model type, and then the ids are others
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    except (OSError, ValueError):
+        return AutoTokenizer.from_pretrained(path)
+
+
+def load_agent(path, device):
+    """(model in float32, tokenizer) from a directory or a Hugging Face id; ValueError if `score` would be wrong for it."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(device).eval()
+    ids = torch.arange(8, device=device)[None]  # [1, 8]
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    everywhere[:, 0] = False
+    with torch.no_grad():
+        logsumexp = torch.logsumexp(model(ids).logits.float(), -1)[:, :-1]
+        if not torch.allclose(score(model, ids, everywhere).logsumexp[:, 1:], logsumexp, atol=1e-2):
+            raise ValueError(f"{path}: this model's logits are more than its output embedding of the last hidden state")
+    return model, load_tokenizer(path)

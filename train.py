@@ -20,11 +20,11 @@ import json
 import os
 import queue
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,12 +33,12 @@ import torch
 import transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import env as environments
+import kernels
 import rollout as sampling
-from actfocus import (SIGNALS, gae, group_advantages, token_signal, token_weights, variance_filter, weighted_policy_loss)
-from kernels import token_stats
+from actfocus import SIGNALS, gae, group_advantages, token_signal, token_weights, variance_filter, weighted_policy_loss
+from rollout import load_agent, score
 
 transformers.utils.logging.disable_progress_bar()  # a bar for every loaded file would drown ours
 HERE = Path(__file__).resolve().parent
@@ -150,7 +150,9 @@ class Settings:
         return environments.make(self.env, **{"response_limit": self.max_response_tokens, **options})
 
     def torch_device(self):
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+        torch.empty(0, device=device)  # fails here, not after the warm start, where there is no such device
+        return device
 
     def evaluation_seeds(self):
         start = EVALUATION_SEED if self.boards == "evaluation" else VALIDATION_SEED
@@ -159,58 +161,6 @@ class Settings:
 
 # The agent ------------------------------------------------------------------------------------------------------------
 
-FILLERS = ["Let me look at the board.", "I should plan ahead.", "One wrong step can spoil the game.", "Let me check every move.",
-           "First I look, then I move.", "There is no need to hurry."]
-
-
-def demonstration(env, rng, noise):
-    """A response that states facts, with empty phrases in between, and plays the oracle's moves.
-
-    Each move is a random one instead with probability `noise`.
-    """
-    opening, closing = rng.choice(FILLERS, 2)
-    sentences = [opening, *env.facts(), closing]
-    ahead, actions = copy.deepcopy(env), []
-    while len(actions) < env.actions_per_turn and not (ahead.solved() or ahead.failed()):
-        plan = ahead.oracle()
-        actions.append(plan[0] if plan and rng.random() >= noise else str(rng.choice(env.actions)))
-        ahead.move(actions[-1])
-    return environments.response(actions, think=" ".join(sentences))
-
-
-def demonstrations(env, tokenizer, seeds, rng, noise, desc):
-    """One demonstrated episode a seed -> Trajectories."""
-    chat, transcripts = sampling.Chat(tokenizer, env.system_prompt), []
-    for seed in tqdm(seeds, desc=desc, unit="episode", leave=False):
-        transcript = sampling.Transcript(chat, env, seed, max_context=10**9, max_response_tokens=0)
-        while transcript.respond(tokenizer(demonstration(env, rng, noise)).input_ids + [tokenizer.eos_token_id]):
-            pass
-        transcripts.append(transcript)
-    return sampling.pack(transcripts, tokenizer.pad_token_id)
-
-
-def imitate(model, data, steps, lr, rng, desc, batch=16, action_weight=8.0):
-    """Supervised training on the responses of `data`; learning rate falls linearly to a twentieth."""
-    optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.95))
-    by_length = data.lengths.argsort()  # neighbours are of like length, so a batch has little padding
-    bar = tqdm(range(steps), desc=desc, unit="update", leave=False)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * max(0.05, 1 - step / steps)
-        start = int(rng.integers(len(data) - batch + 1))
-        rows = data.select(by_length[start:start + batch])
-        stats = score(model, rows.ids, rows.response_mask)
-        # Action tokens are few but decide the game; unweighted, they are learnt last.
-        weights = rows.response_mask + (action_weight - 1) * rows.action_mask
-        loss = -(weights * stats.logprobs).sum() / weights.sum()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
-
-
 def teach(settings):
     """The built-in agent: taught the game well, then to play it badly -> (model, tokenizer).
 
@@ -218,24 +168,25 @@ def teach(settings):
     out. This one knows the game and plays it badly, as an instruction-tuned model does.
     """
     env, rng = settings.make_env(), np.random.default_rng(0)
-    texts = ["system", "user", "assistant", *FILLERS]
+    texts = ["system", "user", "assistant", *sampling.FILLERS]
     for seed in range(100):
         observation, _ = env.reset(seed=seed)
         over = False
         while not over:
-            answer = demonstration(env, rng, noise=0.5)
+            answer = sampling.demonstration(env, rng, noise=0.5)
             texts += [observation, answer]
             observation, _, terminated, truncated, _ = env.step(answer)
             over = terminated or truncated
     tokenizer = sampling.tiny_tokenizer(texts, phrases=[env.system_prompt, env.format_reminder])
     model = sampling.tiny_model(tokenizer, width=settings.width, layers=settings.layers, heads=settings.width // 32)
     held_out, n = first_observations(env, settings), settings.warm_episodes
-    good = demonstrations(env, tokenizer, draw_seeds(env, rng, n, held_out), rng, settings.warm_noise, "demonstrations")
-    imitate(model, good, settings.warm_steps, 3e-3, rng, "warm start, 1 of 2: know the game")
+    good = sampling.demonstrations(env, tokenizer, draw_seeds(env, rng, n, held_out), rng, settings.warm_noise,
+                                   "demonstrations")
+    sampling.imitate(model, good, settings.warm_steps, 3e-3, rng, "warm start, 1 of 2: know the game")
     if settings.worse_steps:
-        bad = demonstrations(env, tokenizer, draw_seeds(env, rng, n // 2, held_out), rng, settings.worse_noise,
-                             "poor demonstrations")
-        imitate(model, bad, settings.worse_steps, 1e-3, rng, "warm start, 2 of 2: play it badly")
+        bad = sampling.demonstrations(env, tokenizer, draw_seeds(env, rng, n // 2, held_out), rng, settings.worse_noise,
+                                      "poor demonstrations")
+        sampling.imitate(model, bad, settings.worse_steps, 1e-3, rng, "warm start, 2 of 2: play it badly")
     return model, tokenizer
 
 
@@ -243,12 +194,12 @@ def taught_agent(settings):
     """Directory of the built-in agent, taught now unless the cache holds one shaped by the same settings and code."""
     shaping = ("env", "env_options", "max_response_tokens", "eval_boards", "boards", "width", "layers", "warm_episodes",
                "warm_steps", "warm_noise", "worse_steps", "worse_noise")
-    code = [inspect.getsource(module) for module in (environments, sampling)]
-    code += [inspect.getsource(f) for f in (demonstration, demonstrations, imitate, teach, score)]
-    key = repr([(name, getattr(settings, name)) for name in shaping] + [TINY_BOARDS.get(settings.env), FILLERS, code,
+    code = [inspect.getsource(part) for part in (environments, sampling, kernels, teach)]
+    key = repr([(name, getattr(settings, name)) for name in shaping] + [TINY_BOARDS.get(settings.env), code,
                torch.__version__, transformers.__version__, torch.get_num_threads()])
     path = Path(settings.cache) / f"tiny-{settings.env}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not path.exists():
+        print(f"teaching the built-in agent (kept in {path} for the next run)", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         model, tokenizer = teach(settings)
         partial = Path(tempfile.mkdtemp(dir=path.parent))
@@ -259,15 +210,6 @@ def taught_agent(settings):
         except OSError:  # another run was first
             shutil.rmtree(partial)
     return str(path)
-
-
-def load_agent(path, device):
-    try:  # tokenizer.json as it stands: AutoTokenizer may rebuild it by model type, and then the ids are others
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    except (OSError, ValueError):
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-    return model.to(device), tokenizer
 
 
 def first_observations(env, settings):
@@ -300,24 +242,6 @@ class Critic(nn.Module):
         hidden = self.backbone(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]
         values = self.head(hidden)[..., 0].float()
         return torch.where(response_mask, nn.functional.pad(values, (1, 0)), 0.0)
-
-
-@dataclass
-class TokenStats:
-    logprobs: torch.Tensor  # [B, T], of each response token; 0 elsewhere, as are the next two
-    logsumexp: torch.Tensor  # [B, T]
-    entropy: torch.Tensor  # [B, T]
-    hidden: torch.Tensor  # [N, H], the states that predict the N response tokens
-
-
-def score(model, ids, response_mask, temperature=1.0):
-    """Statistics of every response token under a model: column t is of token t, predicted from the state at t - 1."""
-    hidden = model.base_model(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]
-    here = response_mask[:, 1:]
-    hidden, head = hidden[here], model.get_output_embeddings()  # [N, H]
-    stats = token_stats(hidden, head.weight, ids[:, 1:][here], bias=head.bias, temperature=temperature)
-    blank = torch.zeros(ids.shape, device=ids.device)
-    return TokenStats(*(blank.masked_scatter(response_mask, values) for values in stats), hidden)
 
 
 # Learning -------------------------------------------------------------------------------------------------------------
@@ -487,7 +411,7 @@ def describe(trajectories):
 
 
 def train_arm(settings, base, algo, credit, seed, report):
-    """Train one arm from the agent in directory `base`; report(line) gets each step's metrics -> the arm's summary."""
+    """Train one arm from the agent in directory `base`; report(line) gets the metrics of each step, 0 = before training."""
     s, device = settings, settings.torch_device()
     torch.manual_seed(seed)
     policy, tokenizer = load_agent(base, device)
@@ -499,7 +423,6 @@ def train_arm(settings, base, algo, credit, seed, report):
     envs = [copy.deepcopy(env) for _ in range(max(s.prompts * s.rollouts, s.eval_boards * s.eval_rollouts))]
     rng = np.random.default_rng(seed)  # boards and minibatches
     generator = torch.Generator(device).manual_seed(seed)  # tokens
-    eval_steps, eval_success = [], []
     for step in range(s.steps + 1):
         started, line = time.perf_counter(), {"algo": algo, "credit": credit, "seed": seed, "step": step}
         if step:
@@ -522,49 +445,59 @@ def train_arm(settings, base, algo, credit, seed, report):
             # The same luck at every evaluation: differences are the policy's.
             played = play(policy, tokenizer, envs, seeds, s, s.eval_temperature, torch.Generator(device).manual_seed(0))
             line |= {f"eval_{name}": value for name, value in describe(played).items()}
-            eval_steps.append(step)
-            eval_success.append(line["eval_success"])
         report(line)
-    return {"algo": algo, "credit": credit, "seed": seed, "eval_steps": eval_steps, "eval_success": eval_success,
-            "final_success": eval_success[-1], "peak_success": max(eval_success)}
 
 
-_lines = None  # a worker's way to its parent
+def arm_of(line):
+    return line["algo"], line["credit"], line["seed"]
 
 
-def _start_worker(lines, threads):
-    global _lines
-    _lines = lines
+def summarise(lines):
+    """The lines of one arm -> its entry in summary.json."""
+    evaluations = [(line["step"], line["eval_success"]) for line in lines if "eval_success" in line]
+    eval_steps, eval_success = map(list, zip(*evaluations))
+    return dict(zip(("algo", "credit", "seed"), arm_of(lines[0]))) | {
+        "eval_steps": eval_steps, "eval_success": eval_success, "final_success": eval_success[-1],
+        "peak_success": max(eval_success)}
+
+
+def _worker(settings, base, todo, lines, threads):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends this one
     torch.set_num_threads(threads)
-
-
-def _work(settings, base, arm):
-    return train_arm(settings, base, *arm, report=_lines.put)
+    while (arm := todo.get()) is not None:
+        train_arm(settings, base, *arm, report=lines.put)
 
 
 def train_arms(settings, base, arms, report):
-    """Train arms side by side, one process each: a small model cannot use several cores, several arms can."""
+    """Train arms side by side, a process each: a small model cannot keep several cores busy, several arms can."""
     cores = os.cpu_count() or 1
     jobs = min(settings.jobs or (1 if settings.torch_device().type == "cuda" else cores), len(arms))
-    if jobs == 1:
-        return [train_arm(settings, base, *arm, report=report) for arm in arms]
+    if jobs <= 1:
+        for arm in arms:
+            train_arm(settings, base, *arm, report=report)
+        return
     context = torch.multiprocessing.get_context("spawn")
-    lines = context.Queue()
-    with ProcessPoolExecutor(jobs, context, _start_worker, (lines, max(1, cores // jobs))) as pool:
-        futures = [pool.submit(_work, settings, base, arm) for arm in arms]
-        try:
-            pending = set(futures)
-            while pending or not lines.empty():
-                try:
-                    report(lines.get(timeout=0.5))
-                except queue.Empty:
-                    done, pending = wait(pending, timeout=0)
-                    for future in done:
-                        future.result()  # a worker's error ends the run
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        return [future.result() for future in futures]
+    todo, lines = context.Queue(), context.Queue()
+    for arm in [*arms, *[None] * jobs]:
+        todo.put(arm)
+    workers = [context.Process(target=_worker, args=(settings, base, todo, lines, max(1, cores // jobs)), daemon=True)
+               for _ in range(jobs)]
+    try:
+        for worker in workers:
+            worker.start()
+        missing = len(arms) * (settings.steps + 1)
+        while missing:
+            try:
+                report(lines.get(timeout=0.5))
+                missing -= 1
+            except queue.Empty:
+                for worker in workers:
+                    if worker.exitcode:
+                        sys.exit(f"train.py: a training process ended with exit code {worker.exitcode}")
+    finally:
+        for worker in workers:
+            if worker.pid:
+                worker.terminate()
 
 
 def table(summary):
@@ -627,21 +560,39 @@ def plot(summary, path):
     return True
 
 
-def compare(settings):
-    """Run all arms, write the output directory -> summary."""
+def finished_arms(settings):
+    """Lines of the arms that an interrupted run in settings.out had finished; ValueError if its settings were others."""
+    out = Path(settings.out)
+    if not (out / "settings.json").exists():
+        return []
+    before = json.loads((out / "settings.json").read_text())
+    now = json.loads(json.dumps(dataclasses.asdict(settings)))
+    changed = [name for name in now if name not in ("out", "cache", "jobs") and now[name] != before.get(name)]
+    if changed:
+        raise ValueError(f"resume: {settings.out} was begun with another {', '.join(changed)}")
+    arms = defaultdict(list)
+    for text in (out / "metrics.jsonl").read_text().splitlines():
+        try:
+            arms[arm_of(line := json.loads(text))].append(line)
+        except json.JSONDecodeError:  # the line that was being written when the run died
+            pass
+    return [line for lines in arms.values() if lines[-1]["step"] == settings.steps for line in lines]
+
+
+def compare(settings, resume=False):
+    """Run all arms, or with `resume` those that are missing, and write the output directory -> summary."""
     out, started = Path(settings.out), time.perf_counter()
-    if settings.model == "tiny":
-        print("teaching the built-in agent the game (cached afterwards)", file=sys.stderr)
-        base = taught_agent(settings)
-    else:
-        base = settings.model
+    lines = finished_arms(settings) if resume else []
+    write(out / "settings.json", json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
+    write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    base = taught_agent(settings) if settings.model == "tiny" else settings.model
     env = settings.make_env()
     floor = environments.random_floor(env, settings.evaluation_seeds())
     ceiling = environments.mean_ceiling(env, settings.evaluation_seeds())
     arms = [(algo, credit, seed) for seed in settings.seeds for algo in settings.algos for credit in settings.credits]
-    lines = []
-    with tqdm(total=len(arms) * (settings.steps + 1), desc=f"{len(arms)} arms", unit="step", smoothing=0.05) as bar, \
-            open(out / "metrics.jsonl", "w") as file:
+    missing = [arm for arm in arms if arm not in set(map(arm_of, lines))]
+    with tqdm(total=len(missing) * (settings.steps + 1), desc=f"{len(missing)} arms", unit="step", smoothing=0.05) as bar, \
+            open(out / "metrics.jsonl", "a") as file:
         def report(line):
             lines.append(line)
             file.write(json.dumps(line) + "\n")
@@ -650,16 +601,17 @@ def compare(settings):
                 bar.write(f"{line['algo']:<4} {line['credit']:<8} seed {line['seed']}  step {line['step']:>3}  "
                           f"success {100 * line['eval_success']:5.1f} %  valid {100 * line['eval_format_valid']:5.1f} %")
             bar.update()
-        results = train_arms(settings, base, arms, report)
-    # Arms that ran side by side have mixed their lines; on disk an arm's lines stand together.
-    lines.sort(key=lambda line: (arms.index((line["algo"], line["credit"], line["seed"])), line["step"]))
+        train_arms(settings, base, missing, report)
+    # Arms that ran side by side have mixed their lines; in the end an arm's lines stand together.
+    lines.sort(key=lambda line: (arms.index(arm_of(line)), line["step"]))
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    summary = {"config": dataclasses.asdict(settings), "floor": floor, "ceiling": ceiling, "arms": results,
-               "seconds": time.perf_counter() - started}
+    results = [summarise([line for line in lines if arm_of(line) == arm]) for arm in arms]
+    summary = {"config": dataclasses.asdict(settings), "floor": floor, "ceiling": ceiling, "arms": results}
     write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(table(summary))
     drawn = plot(summary, out / "curves.png")
-    print(f"{summary['seconds'] / 60:.1f} minutes; written: {out}/metrics.jsonl, summary.json" + (", curves.png" if drawn else ""))
+    print(f"{(time.perf_counter() - started) / 60:.1f} minutes; written to {out}: metrics.jsonl, summary.json"
+          + (", curves.png" if drawn else ""))
     return summary
 
 
@@ -679,7 +631,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(arguments):
-    """Command line -> Settings; anything wrong with it ends in one line on stderr and exit code 2."""
+    """Command line -> (Settings, resume); anything wrong with it ends in one line on stderr and exit code 2."""
     parser = OneLineParser("train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in dataclasses.fields(Settings):
@@ -689,7 +641,10 @@ def parse(arguments):
         text = f.metadata["help"].replace("%", "%%") + (f" ({', '.join(choices)})" if choices else "")
         parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=text,
                             nargs="+" if many else None, metavar=f.name.split("_")[-1].upper())
+    parser.add_argument("--resume", action="store_true", help="keep the arms that an interrupted run with the same --out and "
+                        "settings had finished; the others start again")
     values = vars(parser.parse_args(arguments))
+    resume = values.pop("resume")
     try:
         settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
         settings.torch_device()
@@ -698,21 +653,32 @@ def parse(arguments):
         for directory in (settings.out, settings.cache):
             Path(directory).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
+        if resume:
+            finished_arms(settings)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
-    return settings
+    return settings, resume
 
 
 def check_model(name):
-    """ValueError unless the model can be had: a directory, or an id that is on this machine or can be downloaded."""
+    """ValueError unless the model is a directory, or an id that can be had, with a tokenizer that can chat."""
     try:
         transformers.AutoConfig.from_pretrained(name)
+        sampling.Chat(sampling.load_tokenizer(name), "").bridge("", ended=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model: cannot load {name!r} ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"model: cannot use {name!r} ({str(error).splitlines()[0]})") from None
 
 
 def main(arguments=None):
-    compare(parse(arguments))
+    settings, resume = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the training processes too
+    try:
+        compare(settings, resume)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: the same command with --resume keeps the arms finished in {settings.out}", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:  # a full disk, a directory that went away
+        sys.exit(f"train.py: {error}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,17 @@ import math
 import pytest
 import torch
 
-from actfocus import (SIGNALS, gae, group_advantages, spearman, token_energy, token_signal, token_weights, variance_filter,
-                      weighted_policy_loss)
+from actfocus import (
+    SIGNALS,
+    gae,
+    group_advantages,
+    spearman,
+    token_energy,
+    token_signal,
+    token_weights,
+    variance_filter,
+    weighted_policy_loss,
+)
 
 #          prompt  think  think  answer answer obs    think  answer pad
 RESPONSE = [False, True, True, True, True, False, True, True, False]

@@ -145,12 +145,14 @@ def answers():
         "no reasoning": ("<answer>Up</answer>", [], False), "text around": ("well " + good, [], False),
         "text between": ("<think></think> so <answer>Up</answer>", [], False),
         "two answers": (good + "<answer>Down</answer>", [], False), "two responses": (good + good, [], False),
-        "cut": ("<think>hm</think><answer>Up", [], False), "nested": ("<think><think></think></think><answer>Up</answer>", [], False),
+        "cut": ("<think>hm</think><answer>Up", [], False),
+        "nested": ("<think><think></think></think><answer>Up</answer>", [], False),
         "unknown": (response(["Jump"]), [], False), "one unknown": (response(["Up", "Jump"]), ["Up"], False),
         "trailing separator": ("<think></think><answer>Up ||</answer>", ["Up"], False),
         "case and spaces": ("\n<think> a </think>\n<answer>  uP||DOWN\n</answer> ", ["Up", "Down"], True),
         "too many": (response(["Up"] * 100), ["Up", "Up"], True), "good": (good, ["Up"], True),
-        "unicode": ("🙂é\u202e" * 50, [], False), "control": ("\x00\x1b[2J\r\n", [], False), "long": ("<think>" * 2000, [], False),
+        "unicode": ("🙂é\u202e" * 50, [], False), "control": ("\x00\x1b[2J\r\n", [], False),
+        "long": ("<think>" * 2000, [], False),
     }
 
 
@@ -221,7 +223,8 @@ def test_facts_are_true_and_their_opposites_false(name):
 
 
 @pytest.mark.parametrize("name, options", [
-    ("chess", {}), ("sokoban", {"sise": 6}), ("sokoban", {"size": 3}), ("sokoban", {"walls": 20}), ("sokoban", {"max_moves": 11}),
+    ("chess", {}), ("sokoban", {"sise": 6}), ("sokoban", {"size": 3}), ("sokoban", {"walls": 20}),
+    ("sokoban", {"max_moves": 11}),
     ("sokoban", {"observation": "smell"}), ("sokoban", {"size": "big"}), ("sokoban", {"max_turns": 0}),
     ("frozenlake", {"frozen": 0}), ("frozenlake", {"intended": 1.5}), ("frozenlake", {"size": 1})])
 def test_bad_options_are_a_value_error(name, options):

@@ -184,8 +184,8 @@ def test_a_template_that_rewrites_history_does_not_change_recorded_ids(agent):
     _, tokenizer, make_env = agent
     dropping = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        chat_template=sampling.CHAT_TEMPLATE.replace(
-            "message['content']", "(message['content'].split('</think>')[-1] if message['role'] == 'assistant' else message['content'])"))
+        chat_template=sampling.CHAT_TEMPLATE.replace("message['content']", "(message['content'].split('</think>')[-1] if "
+                                                     "message['role'] == 'assistant' else message['content'])"))
     transcript = Transcript(Chat(dropping, "rules"), make_env(), 0, 10**6, 100)
     answer = dropping("<think>The box.</think><answer>Up</answer>").input_ids + [dropping.eos_token_id]
     before = list(transcript.ids)
