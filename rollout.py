@@ -258,7 +258,7 @@ def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, 
         raise ValueError(f"temperature must be positive, got {temperature}")
     if max_response_tokens < 1:
         raise ValueError(f"max_response_tokens must be at least 1, got {max_response_tokens}")
-    max_context = max_context or model.config.max_position_embeddings
+    max_context = max_context or getattr(model.config, "max_position_embeddings", None) or 2**31
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     also = getattr(model.generation_config, "eos_token_id", None)
     stop_ids = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}

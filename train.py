@@ -107,7 +107,7 @@ class Settings:
     # the built-in agent's warm start
     width: int = setting(64, "hidden size of the built-in agent, a multiple of 32", low=32)
     layers: int = setting(2, "layers of the built-in agent", low=1)
-    warm_episodes: int = setting(3000, "demonstrations of the first stage: knowing the game", low=16)
+    warm_episodes: int = setting(3000, "demonstrations of the first stage: knowing the game", low=32)
     warm_steps: int = setting(1200, "updates of the first stage", low=1)
     warm_noise: float = setting(0.2, "share of random actions in the first stage", low=0, high=1)
     worse_steps: int = setting(80, "updates of the second stage: playing badly while thinking at length", low=0)
@@ -135,7 +135,7 @@ class Settings:
                 raise ValueError(f"{name}: name at least one")
         if self.width % 32:
             raise ValueError(f"width: {self.width} is not a multiple of 32, the size of an attention head")
-        self.make_env()
+        self.make_env().reset(seed=0)  # options that admit no board fail here
 
     def make_env(self):
         options = dict(TINY_BOARDS.get(self.env, {})) if self.model == "tiny" and not self.env_options else {}
@@ -160,6 +160,7 @@ class Settings:
 
 
 # The agent ------------------------------------------------------------------------------------------------------------
+
 
 def teach(settings):
     """The built-in agent: taught the game well, then to play it badly -> (model, tokenizer).
@@ -219,11 +220,14 @@ def first_observations(env, settings):
 
 def draw_seeds(env, rng, n, held_out):
     """n seeds of boards that are not among the evaluation boards."""
-    seeds = []
+    seeds, draws = [], 0
     while len(seeds) < n:
-        seed = int(rng.integers(EVALUATION_SEED))
+        seed, draws = int(rng.integers(EVALUATION_SEED)), draws + 1
         if env.reset(seed=seed)[0] not in held_out:
             seeds.append(seed)
+        elif draws > 100 * (len(seeds) + 1):
+            sys.exit(f"train.py: {env.name} has hardly a board beside the {len(held_out)} it is evaluated on: fewer "
+                     "--eval-boards or larger boards are needed")
     return seeds
 
 
@@ -299,7 +303,7 @@ class Learner:
         mask = batch["response_mask"]
 
         def fixed(part):
-            # Old log-probs come from the same forward pass as the new ones, so the first ratio is exactly 1.
+            # Not the sampler's log-probs: the same forward pass for old and new makes the first ratio 1 in any precision.
             old = score(self.policy, part["ids"], part["response_mask"], s.temperature)
             ref = score(self.reference, part["ids"], part["response_mask"], s.temperature)
             table = {"old_logprobs": old.logprobs, "old_entropy": old.entropy, "ref_logprobs": ref.logprobs,
@@ -313,8 +317,7 @@ class Learner:
                                            ("old_logprobs", "ref_logprobs", "ref_energy", "ref_entropy")})
         batch["weights"] = credit_weights(self.credit, signal, batch["action_mask"], mask, s)
         if self.critic:
-            last = last_response(mask)
-            rewards = last * trajectories.returns.to(device)[:, None]  # the return is paid on the last response token
+            rewards = last_response(mask) * trajectories.returns.to(device)[:, None]  # paid at the very end, as in the paper
             raw, batch["value_targets"] = gae(rewards, batch["old_values"], mask, gamma=s.gamma, lam=s.lam)
             batch["advantages"] = normalise(raw, mask)
         else:

@@ -1,0 +1,69 @@
+"""What the README says is so: its links, its snippets, its defaults, and that the method's files stand alone."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_links_point_at_the_functions_they_name():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(links) >= 6
+    for name, file, line in links:
+        text = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"(def|class) {name}\b", text), f"{file}:{line} is {text!r}, not {name}"
+
+
+def test_files_that_are_named_exist():
+    for path in re.findall(r"\]\((\w[\w./]*)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_environment_snippet_runs():
+    snippet = next(s for s in SNIPPETS if "from env import" in s)
+    names = {}
+    exec(snippet, names)
+    assert names["reward"] == pytest.approx(-0.2, abs=1.2) and names["info"]["valid"]
+
+
+def test_the_lifting_snippet_runs():
+    snippet = next(s for s in SNIPPETS if "from actfocus import" in s)
+    torch.manual_seed(0)
+    response_mask = torch.tensor([[False, True, True, True, True]] * 2)
+    names = {"ids": torch.randint(7, (2, 5)), "response_mask": response_mask, "ref_logits": torch.randn(2, 5, 7),
+             "action_mask": torch.tensor([[False, False, False, True, True]] * 2),
+             "logits": torch.randn(2, 5, 7, requires_grad=True), "old_logprobs": torch.full((2, 4), -2.0),
+             "advantages": torch.tensor([[1.0], [-1.0]]).expand(2, 4), "minibatch_weight_sum": None}
+    exec(snippet, names)
+    assert torch.isfinite(names["loss"]) and names["logits"].grad[:, :4].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["actfocus", "kernels"])
+def test_a_copied_file_works_alone(name, tmp_path):
+    """In an empty directory, with nothing of this project in reach and torch as the only third-party import."""
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    use = {"actfocus": "actfocus.token_weights(torch.zeros(1, 2), m, m)",
+           "kernels": "kernels.token_stats(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2, dtype=torch.long))"}[name]
+    code = (f"import sys, torch; before = set(sys.modules); import {name}; m = torch.ones(1, 2, dtype=torch.bool); {use}; "
+            f"new = {{n.split('.')[0] for n in set(sys.modules) - before}} - set(sys.stdlib_module_names); "
+            f"assert new <= {{'{name}', 'torch'}}, new")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+
+
+def test_settings_that_the_readme_quotes_are_the_defaults():
+    settings = train.Settings()
+    assert f"`alpha = {settings.alpha}`, `beta = {settings.beta}`" in README
+    assert f"learning rate {settings.lr:.0e}".replace("e-0", "e-") in README
+    assert f"{settings.steps} steps instead of 200" in README
+    assert f"{settings.eval_boards} x {settings.eval_rollouts}\n  evaluation episodes" in README
