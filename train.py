@@ -552,8 +552,9 @@ def plot(summary, path):
             curves = np.array([arm["eval_success"] for arm in arms])  # [seeds, evaluations]
             line, = axis.plot(arms[0]["eval_steps"], curves.mean(0), label=credit)
             axis.fill_between(arms[0]["eval_steps"], curves.min(0), curves.max(0), alpha=0.2, color=line.get_color())
-        for name in ("floor", "ceiling"):
+        for name, what in (("floor", "random actions"), ("ceiling", "best play")):
             axis.axhline(summary[name], color="grey", linestyle=":", linewidth=1)
+            axis.annotate(what, (arms[0]["eval_steps"][0], summary[name]), xytext=(2, -9), textcoords="offset points", fontsize=7)
         axis.set(title=algo.upper(), xlabel="step", ylim=(0, 1.02))
     axes[0][0].set_ylabel("success on evaluation boards")
     axes[0][0].legend()
