@@ -15,6 +15,7 @@ default run uses, and the demonstrations that teach it to answer in the right fo
 import copy
 import re
 from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -62,10 +63,11 @@ class Trajectories:
 class Chat:
     """The tokens around the responses, taken from the tokenizer's chat template."""
 
-    def __init__(self, tokenizer, system_prompt):
+    def __init__(self, tokenizer, system_prompt, stop_ids=()):
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
         self.tokenizer, self.system = tokenizer, [{"role": "system", "content": system_prompt}]
+        self.stop_ids = {tokenizer.eos_token_id, *stop_ids}  # what ends a response: the first closes a turn of the template
         self.pieces = {}  # id -> its text
 
     def _encode(self, messages, after=None):
@@ -97,21 +99,18 @@ class Chat:
         for i in ids:
             if i not in self.pieces:
                 self.pieces[i] = self.text([i])
-        ends, total = [], 0
-        for i in ids:
-            total += len(self.pieces[i])
-            ends.append(total)
-        if "".join(self.pieces[i] for i in ids) != text:  # a token's text depends on its neighbours
-            # An unfinished character decodes to U+FFFD: not text yet.
-            ends = [len(self.text(ids[: n + 1]).rstrip("\ufffd")) for n in range(len(ids))]
-        starts = [0, *ends[:-1]]
-        return text, [(start, max(end, start + 1)) for start, end in zip(starts, ends)]
+        if "".join(self.pieces[i] for i in ids) == text:
+            ends = list(accumulate(len(self.pieces[i]) for i in ids))
+            return text, list(zip([0, *ends[:-1]], ends))
+        # A token's text depends on its neighbours: decode every prefix. An unfinished character shows as U+FFFD, no text yet.
+        ends = [len(self.text(ids[: n + 1]).rstrip("\ufffd")) for n in range(len(ids))]
+        return text, [(start, max(end, start + 1)) for start, end in zip([0, *ends[:-1]], ends)]
 
     def actions(self, ids):
         """Which of a response's ids hold a character strictly between <answer> and </answer>."""
         text, spans = self.spans(ids)
         inside = [match.span(1) for match in ANSWER.finditer(text)]
-        return [any(start < b and a < end for a, b in inside if a < b) for start, end in spans]
+        return [any(max(start, a) < min(end, b) for a, b in inside) for start, end in spans]
 
 
 class Transcript:
@@ -135,16 +134,16 @@ class Transcript:
 
     def respond(self, ids, logprobs=None):
         """Record a response, play it, and append what the environment says -> whether the episode goes on."""
-        ended = ids[-1:] == [self.chat.tokenizer.eos_token_id]
-        words = ids[:-1] if ended else ids
-        self._append(ids, len(self.rewards), self.chat.actions(words) + [False] * ended, logprobs)
+        stopped = ids[-1] in self.chat.stop_ids
+        words = ids[:-1] if stopped else ids
+        self._append(ids, len(self.rewards), self.chat.actions(words) + [False] * stopped, logprobs)
         observation, reward, terminated, truncated, info = self.env.step(self.chat.text(words))
         self.rewards.append(reward)
         self.valid.append(info["valid"])
         self.success = info["success"]
         if terminated or truncated:
             return False
-        bridge = self.chat.bridge(observation, ended)
+        bridge = self.chat.bridge(observation, ended=ids[-1] == self.chat.tokenizer.eos_token_id)
         if len(self.ids) + len(bridge) > self.max_length:  # no room for another turn
             return False
         self._append(bridge)
@@ -262,7 +261,7 @@ def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, 
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     also = getattr(model.generation_config, "eos_token_id", None)
     stop_ids = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
-    chats = {env.system_prompt: Chat(tokenizer, env.system_prompt) for env in envs}
+    chats = {env.system_prompt: Chat(tokenizer, env.system_prompt, stop_ids) for env in envs}
     transcripts = [Transcript(chats[env.system_prompt], env, seed, max_context, max_response_tokens)
                    for env, seed in zip(envs, seeds)]
     was_training = model.training

@@ -172,6 +172,27 @@ def test_action_tokens_are_those_with_a_character_between_the_tags(merged, text,
     assert Chat(tokenizer, "").actions(ids) == expected
 
 
+def test_a_token_without_text_is_no_action_token():
+    class Silent:  # models pad their vocabulary: ids beyond the tokenizer's decode to nothing
+        chat_template, eos_token_id, table = "x", 0, {1: "<answer>", 2: "Up", 3: "</answer>", 9: ""}
+
+        def decode(self, ids, **options):
+            return "".join(self.table[i] for i in ids)
+    assert Chat(Silent(), "").actions([9, 1, 9, 2, 9, 3, 9]) == [False, False, False, True, False, False, False]
+
+
+def test_any_stop_token_ends_a_response_and_the_turn_is_closed_as_the_template_does(agent):
+    _, tokenizer, make_env = agent
+    other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    transcript = Transcript(Chat(tokenizer, "rules", {other}), make_env(), 0, 10**6, 100)
+    answer = tokenizer("<think>x</think><answer>Up</answer>").input_ids + [other]
+    before = len(transcript.ids)
+    assert transcript.respond(answer) and transcript.valid == [True]
+    assert transcript.turn[before:before + len(answer)] == [0] * len(answer)
+    after = transcript.ids[before + len(answer):]
+    assert after[0] == tokenizer.eos_token_id and transcript.turn[before + len(answer)] == -1
+
+
 def pre_tokenizers_bytes():
     """Byte -> character of the byte-level alphabet (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
