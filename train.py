@@ -552,9 +552,10 @@ def plot(summary, path):
             curves = np.array([arm["eval_success"] for arm in arms])  # [seeds, evaluations]
             line, = axis.plot(arms[0]["eval_steps"], curves.mean(0), label=credit)
             axis.fill_between(arms[0]["eval_steps"], curves.min(0), curves.max(0), alpha=0.2, color=line.get_color())
-        for name, what in (("floor", "random actions"), ("ceiling", "best play")):
+        for name, what, above in (("floor", "random actions", 2), ("ceiling", "best play", -9)):
             axis.axhline(summary[name], color="grey", linestyle=":", linewidth=1)
-            axis.annotate(what, (arms[0]["eval_steps"][0], summary[name]), xytext=(2, -9), textcoords="offset points", fontsize=7)
+            axis.annotate(what, (arms[0]["eval_steps"][0], summary[name]), xytext=(2, above), textcoords="offset points",
+                          fontsize=7)
         axis.set(title=algo.upper(), xlabel="step", ylim=(0, 1.02))
     axes[0][0].set_ylabel("success on evaluation boards")
     axes[0][0].legend()
@@ -666,6 +667,8 @@ def parse(arguments):
 
 def check_model(name):
     """ValueError unless the model is a directory, or an id that can be had, with a tokenizer that can chat."""
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise ValueError(f"model: there is no directory {name!r}")
     try:
         transformers.AutoConfig.from_pretrained(name)
         sampling.Chat(sampling.load_tokenizer(name), "").bridge("", ended=True)
