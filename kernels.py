@@ -8,7 +8,7 @@ temperature, lse = logsumexp(z), p = exp(z - lse) and target y:
     entropy = -sum_j p_j log p_j   d entropy / dz_j = -p_j (log p_j + entropy)
 
 so `token_stats` keeps only lse and entropy, and the backward pass recomputes one chunk of logits at a time, turns it into
-its gradient in place, and adds its product straight into the one gradient buffer of the weight. The energy of ActFocus is
+its gradient, and adds that chunk's share straight into the one gradient buffer of the weight. The energy of ActFocus is
 a by-product: -logsumexp of the raw logits.
 
 The elementwise part runs under torch.compile where a compiler is at hand and the tensor is large enough to pay for it.
