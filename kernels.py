@@ -87,13 +87,12 @@ class _TokenStats(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, temperature):
         n, vocabulary = len(hidden), weight.shape[0]
         rows = max(1, CHUNK_BYTES // (4 * vocabulary))
-        out = [hidden.new_empty(n, dtype=torch.float32) for _ in range(4)]
+        out = logprob, raw, lse, entropy = [hidden.new_empty(n, dtype=torch.float32) for _ in range(4)]
         for start in range(0, n, rows):
             part = slice(start, start + rows)
             logits = _logits(hidden[part], weight, bias)  # [rows, V]
             for row, values in zip(out, _run(_forward_chunk, n * vocabulary, logits, targets[part], temperature)):
                 row[part] = values
-        logprob, raw, lse, entropy = out
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.temperature, ctx.rows = temperature, rows
         ctx.mark_non_differentiable(raw)

@@ -408,7 +408,8 @@ def load_tokenizer(path):
 
 def load_agent(path, device):
     """(model in float32, tokenizer) from a directory or a Hugging Face id; ValueError if `score` would be wrong for it."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(device)
+    model.eval()  # for training too: with dropout, the ratio would compare the policy with another draw of itself
     ids = torch.arange(8, device=device)[None]  # [1, 8]
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     everywhere[:, 0] = False

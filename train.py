@@ -418,7 +418,6 @@ def train_arm(settings, base, algo, credit, seed, report):
     s, device = settings, settings.torch_device()
     torch.manual_seed(seed)
     policy, tokenizer = load_agent(base, device)
-    policy.eval()  # no dropout: the ratio compares the policy with itself
     reference = copy.deepcopy(policy).requires_grad_(False)
     learner = Learner(policy, reference, algo, credit, s)
     env = s.make_env()
@@ -503,36 +502,38 @@ def train_arms(settings, base, arms, report):
                 worker.terminate()
 
 
-def table(summary):
-    """The comparison as text: one row an algorithm and credit, means over seeds with their range."""
+def by_algo_and_credit(summary):
+    """{(algo, credit): its arms, in the order of the seeds}."""
     groups = defaultdict(list)
     for arm in summary["arms"]:
         groups[arm["algo"], arm["credit"]].append(arm)
+    return groups
+
+
+def table(summary):
+    """The comparison as text: one row an algorithm and credit, means over seeds with their range."""
     percent = lambda values: f"{100 * np.mean(values):5.1f}" + (
         f" ({100 * min(values):.1f}..{100 * max(values):.1f})" if len(values) > 1 else "")
-    seeds = summary["config"]["seeds"]
-    rows = [("arm", "before", "final", "peak", "peak to final", "final, against uniform")]
+    groups, c = by_algo_and_credit(summary), summary["config"]
+    rows, verdicts = [("arm", "before", "final", "peak", "peak to final", "final, against uniform")], []
     for (algo, credit), arms in groups.items():
-        base = groups.get((algo, "uniform"))
-        gains = [a["final_success"] - b["final_success"] for a, b in zip(arms, base or [])]
+        rivals = groups.get((algo, "uniform"), []) if credit != "uniform" else []
+        gains = [arm["final_success"] - rival["final_success"] for arm, rival in zip(arms, rivals)]
         rows.append((f"{algo} {credit}", percent([a["eval_success"][0] for a in arms]),
                      percent([a["final_success"] for a in arms]), percent([a["peak_success"] for a in arms]),
-                     percent([a["final_success"] - a["peak_success"] for a in arms]),
-                     percent(gains) if gains and credit != "uniform" else ""))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    c = summary["config"]
-    lines.insert(0, f"Success in % on {c['eval_boards']} {c['boards']} boards x {c['eval_rollouts']} rollouts at temperature "
-                    f"{c['eval_temperature']}, after {c['steps']} steps; mean (range) over seeds {' '.join(map(str, seeds))}")
-    lines.append(f"random actions {100 * summary['floor']:.1f}, best play {100 * summary['ceiling']:.1f}")
-    for algo in dict.fromkeys(algo for algo, _ in groups):
-        if {(algo, "uniform"), (algo, "actfocus")} <= set(groups):
-            gains = [a["final_success"] - b["final_success"] for a, b in zip(groups[algo, "actfocus"], groups[algo, "uniform"])]
+                     percent([a["final_success"] - a["peak_success"] for a in arms]), percent(gains) if gains else ""))
+        if gains and credit == "actfocus":
             won = "ahead of" if np.mean(gains) > 0 else "behind" if np.mean(gains) < 0 else "level with"
-            lines.append(f"{algo}: ActFocus ends {abs(100 * np.mean(gains)):.1f} points {won} uniform, ahead in "
-                         f"{sum(g > 0 for g in gains)} of {len(gains)} seeds")
-    if len(seeds) < 3:
-        lines.append(f"{len(seeds)} seed{'s prove' if len(seeds) > 1 else ' proves'} nothing: run with --seeds 0 1 2 or more")
+            verdicts.append(f"{algo}: ActFocus ends {abs(100 * np.mean(gains)):.1f} points {won} uniform, ahead in "
+                            f"{sum(g > 0 for g in gains)} of {len(gains)} seeds")
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    n = len(c["seeds"])
+    lines = [f"Success in % on {c['eval_boards']} {c['boards']} boards x {c['eval_rollouts']} rollouts at temperature "
+             f"{c['eval_temperature']}, after {c['steps']} steps; mean (range) over seeds {' '.join(map(str, c['seeds']))}"]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines += [f"random actions {100 * summary['floor']:.1f}, best play {100 * summary['ceiling']:.1f}", *verdicts]
+    if n < 3:
+        lines.append(f"{n} seed{'s prove' if n > 1 else ' proves'} nothing: run with --seeds 0 1 2 or more")
     return "\n".join(lines)
 
 
@@ -544,11 +545,11 @@ def plot(summary, path):
         import matplotlib.pyplot as plt
     except ImportError:
         return False
-    algos = list(dict.fromkeys(arm["algo"] for arm in summary["arms"]))
+    groups = by_algo_and_credit(summary)
+    algos = list(dict.fromkeys(algo for algo, _ in groups))
     figure, axes = plt.subplots(1, len(algos), figsize=(5 * len(algos), 3.6), sharey=True, squeeze=False)
     for axis, algo in zip(axes[0], algos):
-        for credit in dict.fromkeys(arm["credit"] for arm in summary["arms"]):
-            arms = [arm for arm in summary["arms"] if (arm["algo"], arm["credit"]) == (algo, credit)]
+        for credit, arms in ((credit, arms) for (name, credit), arms in groups.items() if name == algo):
             curves = np.array([arm["eval_success"] for arm in arms])  # [seeds, evaluations]
             line, = axis.plot(arms[0]["eval_steps"], curves.mean(0), label=credit)
             axis.fill_between(arms[0]["eval_steps"], curves.min(0), curves.max(0), alpha=0.2, color=line.get_color())
@@ -584,10 +585,9 @@ def finished_arms(settings):
     return [line for lines in arms.values() if lines[-1]["step"] == settings.steps for line in lines]
 
 
-def compare(settings, resume=False):
-    """Run all arms, or with `resume` those that are missing, and write the output directory -> summary."""
-    out, started = Path(settings.out), time.perf_counter()
-    lines = finished_arms(settings) if resume else []
+def compare(settings, finished=()):
+    """Run all arms but those whose lines are in `finished`, and write the output directory -> summary."""
+    out, started, lines = Path(settings.out), time.perf_counter(), list(finished)
     write(out / "settings.json", json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     base = taught_agent(settings) if settings.model == "tiny" else settings.model
@@ -636,7 +636,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(arguments):
-    """Command line -> (Settings, resume); anything wrong with it ends in one line on stderr and exit code 2."""
+    """Command line -> (Settings, lines of finished arms); anything wrong with it ends in one line on stderr and exit code 2."""
     parser = OneLineParser("train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in dataclasses.fields(Settings):
@@ -658,11 +658,10 @@ def parse(arguments):
         for directory in (settings.out, settings.cache):
             Path(directory).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
-        if resume:
-            finished_arms(settings)
+        finished = finished_arms(settings) if resume else []
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
-    return settings, resume
+    return settings, finished
 
 
 def check_model(name):
@@ -677,10 +676,10 @@ def check_model(name):
 
 
 def main(arguments=None):
-    settings, resume = parse(arguments)
+    settings, finished = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the training processes too
     try:
-        compare(settings, resume)
+        compare(settings, finished)
     except KeyboardInterrupt:
         print(f"\ninterrupted: the same command with --resume keeps the arms finished in {settings.out}", file=sys.stderr)
         sys.exit(130)
