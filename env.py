@@ -1,4 +1,4 @@
-"""Small text environments for multi-turn language-model agents: Sokoban and FrozenLake.
+"""Small text environments for multi-turn language-model agents: Sokoban, FrozenLake, 4x4 Sudoku and a web shop.
 
 An episode is a conversation. Each turn the environment shows its state as text, the agent answers
 
@@ -14,11 +14,14 @@ and the environment plays the actions it finds between the answer tags. The inte
 Symbols, budgets, rewards and the format penalty follow the paper (arXiv 2605.14558, experimental settings), which builds
 on RAGEN. All randomness of an instance comes from its own generator, so `copy.deepcopy(env)` is a full snapshot.
 
-To add an environment, subclass `Env` (instance, move, render, solved, oracle, facts) and add a line to `ENVS`.
+To add an environment, subclass `Env` (instance, move, render, solved, oracle, facts) and add a line to `ENVS`; README.md has an
+example. Actions that are not a short list of names also need `read`, `action_help` and `random_action`.
 """
 
+import math
 import re
-from collections import deque
+from collections import Counter, deque
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
@@ -46,6 +49,7 @@ class Env:
     name: str
     intro: str  # who the agent is, the rules and the symbols
     actions: tuple[str, ...]
+    fact_pattern = re.compile(r"(?!)")  # what a sentence looks like that claims a fact, true or not
     format_penalty = 0.1
 
     def __init__(self, *, max_turns=5, actions_per_turn=2, max_actions=10, response_limit=400):
@@ -93,11 +97,28 @@ class Env:
         plan = self.oracle()
         return float(plan is not None and len(plan) <= self.actions_left)
 
+    def read(self, text):
+        """The action that a piece of an answer names, None if it names none."""
+        return {action.lower(): action for action in self.actions}.get(" ".join(text.split()).lower())
+
+    def random_action(self, rng):
+        """What a player without any idea does now."""
+        return str(rng.choice(self.actions))
+
+    @property
+    def action_help(self):
+        """The actions, as the agent is told them."""
+        return ", ".join(self.actions)
+
+    def outcome(self):
+        """Numbers beside success that describe how the episode went; they go into info and into a run's metrics."""
+        return {}
+
     # The conversation -----------------------------------------------------------------------------------------------
 
     @property
     def system_prompt(self):
-        return (f"{self.intro}\nActions: {', '.join(self.actions)}.\nAnswer with at most {self.actions_per_turn} "
+        return (f"{self.intro}\nActions: {self.action_help}.\nAnswer with at most {self.actions_per_turn} "
                 "actions a turn, separated by ||.")
 
     @property
@@ -122,15 +143,14 @@ class Env:
         self.turn = self.moves = 0
         self._over = False
         self.instance()
-        return self._observation(), {"success": False, "valid": True}
+        return self._observation(), {"success": False, "valid": True, **self.outcome()}
 
     def parse(self, text):
         """Response text -> (actions to play, whether the response is valid)."""
         match = RESPONSE.fullmatch(text)
         if match is None:
             return [], False
-        by_name = {action.lower(): action for action in self.actions}
-        known = [by_name.get(" ".join(part.split()).lower()) for part in match[2].split("||")]
+        known = [self.read(part) for part in match[2].split("||")]
         played = [action for action in known if action is not None]
         return played[: min(self.actions_per_turn, self.actions_left)], bool(played) and None not in known
 
@@ -138,8 +158,8 @@ class Env:
         """Play one turn.
 
         answer_text: the agent's whole response, tags included; any text is accepted.
-        -> (observation, reward, terminated, truncated, info); info has `success`, `valid` (no format penalty was paid)
-        and `actions` (the ones played). RuntimeError if the episode is over or was never started.
+        -> (observation, reward, terminated, truncated, info); info has `success`, `valid` (no format penalty was paid),
+        `actions` (the ones played) and what `outcome` adds. RuntimeError if the episode is over or was never started.
         """
         if self._over:
             raise RuntimeError("the episode is over: call reset() first")
@@ -155,7 +175,7 @@ class Env:
         terminated = self.solved() or self.failed()
         truncated = not terminated and self.actions_left <= 0
         self._over = terminated or truncated
-        info = {"success": self.solved(), "valid": valid, "actions": played}
+        info = {"success": self.solved(), "valid": valid, "actions": played, **self.outcome()}
         return self._observation(reward), reward, terminated, truncated, info
 
     def is_fact(self, sentence):
@@ -197,7 +217,6 @@ def shortest_path(start, neighbours, is_goal, limit=None):
                 parent[following] = (state, action)
                 frontier.append((following, depth + 1))
     return None
-
 
 
 class Sokoban(Env):
@@ -423,7 +442,354 @@ class FrozenLake(Env):
         return sentences
 
 
-ENVS = {cls.name: cls for cls in (Sokoban, FrozenLake)}
+@lru_cache(maxsize=None)
+def sudoku_grids():
+    """All 288 filled 4x4 grids, each as 16 numbers in reading order."""
+    def fill(grid):
+        if len(grid) == 16:
+            return [tuple(grid)]
+        taken = {grid[i] for i in SUDOKU_PEERS[len(grid)] if i < len(grid)}
+        return [filled for value in (1, 2, 3, 4) if value not in taken for filled in fill([*grid, value])]
+    return fill([])
+
+
+# Rows, columns and boxes of the 4x4 grid, as indices of cells in reading order; a cell's peers share one of them with it.
+SUDOKU_UNITS = {**{f"Row {r + 1}": [4 * r + c for c in range(4)] for r in range(4)},
+                **{f"Column {c + 1}": [4 * r + c for r in range(4)] for c in range(4)},
+                **{f"Box {b + 1}": [4 * (b // 2 * 2 + i // 2) + b % 2 * 2 + i % 2 for i in range(4)] for b in range(4)}}
+SUDOKU_PEERS = [{i for unit in SUDOKU_UNITS.values() if cell in unit for i in unit} - {cell} for cell in range(16)]
+
+
+class Sudoku(Env):
+    """Fill a 4x4 grid so that every row, column and 2x2 box holds 1 to 4. Every puzzle has exactly one solution.
+
+    +1 for the right number (once a cell), +0.5 for a wrong one that breaks no rule yet (once a cell), -0.1 for one that does or
+    for a given cell, which stays as it is; +10 when solved. A placed number can be replaced. difficulty: easy, medium or hard,
+    6, 8 or 9 blanks. hint: list what every empty cell can hold; who copies single candidates solves the puzzle, so it is off.
+    """
+
+    name = "sudoku"
+    actions = tuple(f"place {n} at row {r} col {c}" for n, r, c in product(range(1, 5), repeat=3))
+    intro = ("You are solving a 4x4 Sudoku: every row, every column and every 2x2 box holds 1, 2, 3 and 4.\nSymbols: [n] "
+             "given, n placed by you, *n* placed and in conflict, . empty. Given numbers cannot be changed.")
+    action_help = "place N at row R col C, or short R,C,N, all from 1 to 4"
+    fact_pattern = re.compile(r"(?:Row|Column|Box) [1-4] needs(?: [1-4])+\.")
+    blanks = {"easy": 6, "medium": 8, "hard": 9}
+
+    def __init__(self, *, difficulty="easy", hint=False, max_turns=8, actions_per_turn=2, max_actions=16, **budgets):
+        super().__init__(max_turns=max_turns, actions_per_turn=actions_per_turn, max_actions=max_actions, **budgets)
+        if difficulty not in self.blanks:
+            raise ValueError(f"difficulty must be one of {', '.join(self.blanks)}, got {difficulty!r}")
+        if not isinstance(hint, bool):
+            raise ValueError(f"hint must be true or false, got {hint!r}")
+        if self.blanks[difficulty] > min(self.max_actions, self.max_turns * self.actions_per_turn):
+            raise ValueError(f"{self.blanks[difficulty]} blanks cannot be filled within the budget")
+        self.difficulty, self.hint = difficulty, hint
+
+    def instance(self):
+        grids = sudoku_grids()
+        while True:
+            self.solution = grids[self.rng.integers(len(grids))]
+            blank = set(self.rng.permutation(16)[: self.blanks[self.difficulty]].tolist())
+            self.given = frozenset(set(range(16)) - blank)
+            if sum(all(grid[i] == self.solution[i] for i in self.given) for grid in grids) == 1:
+                break
+        self.grid = [self.solution[i] if i in self.given else 0 for i in range(16)]
+        self.paid = set()  # (cell, "right" or "legal"): paid once, or placing and replacing would earn without end
+
+    def read(self, text):
+        match = re.fullmatch(r"\s*([1-4])\s*,\s*([1-4])\s*,\s*([1-4])\s*", text, re.ASCII)
+        return f"place {match[3]} at row {match[1]} col {match[2]}" if match else super().read(text)
+
+    def _conflict(self, cell):
+        return any(self.grid[i] == self.grid[cell] for i in SUDOKU_PEERS[cell])
+
+    def move(self, action):
+        value, row, column = (int(word) for word in action.split() if word.isdigit())
+        cell = 4 * (row - 1) + column - 1
+        if cell in self.given:
+            return -0.1
+        self.grid[cell] = value
+        if self.solved():
+            return (1.0 if (cell, "right") not in self.paid else 0.0) + 10.0
+        if value != self.solution[cell] and self._conflict(cell):
+            return -0.1
+        kind, worth = ("right", 1.0) if value == self.solution[cell] else ("legal", 0.5)
+        first = (cell, kind) not in self.paid
+        self.paid.add((cell, kind))
+        return worth if first else 0.0
+
+    def solved(self):
+        return tuple(self.grid) == self.solution
+
+    def candidates(self, cell):
+        """What the rules allow in a cell, given the others as they stand."""
+        return [value for value in (1, 2, 3, 4) if all(self.grid[i] != value for i in SUDOKU_PEERS[cell])]
+
+    def oracle(self):
+        """The right number for every cell that has another or none: cells that the rules decide now before the others."""
+        trial, plan = list(self.grid), []
+        while wrong := [cell for cell in range(16) if trial[cell] != self.solution[cell]]:
+            decided = lambda cell: len({trial[i] for i in SUDOKU_PEERS[cell]} - {0}) == 3
+            cell = next(filter(decided, wrong), wrong[0])
+            trial[cell] = self.solution[cell]
+            plan.append(f"place {trial[cell]} at row {cell // 4 + 1} col {cell % 4 + 1}")
+        return plan
+
+    def render(self):
+        def symbol(cell):
+            value = self.grid[cell]
+            if not value:
+                return "."
+            return f"[{value}]" if cell in self.given else f"*{value}*" if self._conflict(cell) else str(value)
+        lines = [" ".join(symbol(cell) for cell in SUDOKU_UNITS[f"Row {r + 1}"]) for r in range(4)]
+        if self.hint:
+            lines += [f"row {cell // 4 + 1} col {cell % 4 + 1} can be {' '.join(map(str, self.candidates(cell))) or 'nothing'}"
+                      for cell in range(16) if not self.grid[cell]]
+        return "\n".join(lines)
+
+    def facts(self):
+        missing = {unit: sorted({1, 2, 3, 4} - {self.grid[i] for i in cells}) for unit, cells in SUDOKU_UNITS.items()}
+        return [f"{unit} needs {' '.join(map(str, values))}." for unit, values in missing.items() if values]
+
+
+# department -> categories; a shop sells every category in variants that differ in attributes, options and price
+DEPARTMENTS = {"clothing": ("shirt", "jacket", "dress", "socks"), "kitchen": ("mug", "pan", "kettle", "knife"),
+               "furniture": ("chair", "table", "lamp", "shelf"), "electronics": ("headphones", "speaker", "charger", "camera")}
+ATTRIBUTES = {"clothing": ("cotton", "warm", "washable", "light", "striped", "stretchy"),
+              "kitchen": ("steel", "ceramic", "insulated", "foldable", "enamel", "heavy"),
+              "furniture": ("wooden", "metal", "compact", "padded", "modern", "rustic"),
+              "electronics": ("wireless", "portable", "waterproof", "silent", "solar", "slim")}
+OPTIONS = {"color": ("red", "blue", "green", "black", "white"), "size": ("small", "medium", "large")}
+
+
+@dataclass(frozen=True)
+class Product:
+    name: str  # what is clicked on
+    department: str
+    category: str
+    attributes: tuple[str, ...]
+    options: dict[str, tuple[str, ...]]  # option -> the values that are on sale
+    price: int  # dollars
+
+    def __deepcopy__(self, memo):  # never changed: copies of a shop share the catalogue
+        return self
+
+    @property
+    def title(self):
+        return " ".join((*self.attributes, self.category))
+
+
+@lru_cache(maxsize=8)
+def catalogue(seed, size):
+    """`size` products, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    pick = lambda values, n: tuple(str(value) for value in rng.choice(values, size=n, replace=False))
+    products = []
+    for i in range(size):
+        department = str(rng.choice(list(DEPARTMENTS)))
+        options = {name: tuple(sorted(pick(values, int(rng.integers(2, len(values) + 1))), key=values.index))
+                   for name, values in OPTIONS.items()}
+        products.append(Product(f"b{i + 1}", department, str(rng.choice(DEPARTMENTS[department])),
+                                pick(ATTRIBUTES[department], 3), options, int(rng.integers(5, 100))))
+    return tuple(products)
+
+
+@lru_cache(maxsize=8)
+def _word_counts(seed, size):
+    documents = [Counter(re.findall(r"[a-z0-9]+", f"{p.title} {p.category} {p.department}")) for p in catalogue(seed, size)]
+    return documents, Counter(word for document in documents for word in document)
+
+
+@lru_cache(maxsize=4096)
+def search(seed, size, query, k1=1.5, b=0.75):
+    """The products that share a word with the query, best first, by Okapi BM25 (ties in catalogue order)."""
+    documents, containing = _word_counts(seed, size)
+    mean = sum(document.total() for document in documents) / size
+    scores = [0.0] * size
+    for word in query.split():
+        rarity = math.log(1 + (size - containing[word] + 0.5) / (containing[word] + 0.5))
+        for i, document in enumerate(documents):
+            if count := document[word]:
+                scores[i] += rarity * count * (k1 + 1) / (count + k1 * (1 - b + b * document.total() / mean))
+    return tuple(sorted((i for i in range(size) if scores[i]), key=lambda i: -scores[i]))
+
+
+class Shop(Env):
+    """Find the product that an instruction describes, choose its options and buy it: WebShop's task with a generated catalogue.
+
+    The reward comes with the purchase: score = type * (attributes + options + price) / (wanted attributes + wanted options
+    + 1), where the first three count what was asked for and is there, price is 1 if it is within the limit, and type is 1 for
+    the wanted category, 0.5 for another of its department, 0 otherwise. Success is a score of 1. products: size of the
+    catalogue; page: results on a page; catalogue_seed: which catalogue. Instructions are drawn such that their own words find a
+    right product within the budget.
+    """
+
+    name = "shop"
+    actions = ("search[words]", "click[thing]")
+    intro = ("You are shopping: find a product that fits the instruction, choose its options and buy it.\nSearch for words, "
+             "click on what is listed in square brackets. The purchase ends the game.")
+    fact_pattern = re.compile(r"B\d+ (?:fits|is too expensive|lacks [a-z]+|is no [a-z]+)\.|You want [a-z]+\.")
+
+    def __init__(self, *, products=300, page=5, catalogue_seed=0, max_turns=9, actions_per_turn=1, max_actions=9, **budgets):
+        super().__init__(max_turns=max_turns, actions_per_turn=actions_per_turn, max_actions=max_actions, **budgets)
+        for key, value in dict(products=products, page=page).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{key} must be a positive integer, got {value!r}")
+        if isinstance(catalogue_seed, bool) or not isinstance(catalogue_seed, int) or catalogue_seed < 0:
+            raise ValueError(f"catalogue_seed must be an integer from 0, got {catalogue_seed!r}")
+        if actions_per_turn != 1:
+            raise ValueError("actions_per_turn must be 1: what can be clicked depends on the click before")
+        if min(self.max_turns, self.max_actions) < 3 + len(OPTIONS):
+            raise ValueError(f"a purchase takes {3 + len(OPTIONS)} turns: search, product, {len(OPTIONS)} options, buy now")
+        self.products, self.page, self.catalogue_seed = catalogue(catalogue_seed, products), page, catalogue_seed
+
+    def instance(self):
+        for _ in range(10_000):
+            self.target = self.products[self.rng.integers(len(self.products))]
+            self.wanted = tuple(str(word) for word in self.rng.choice(self.target.attributes, size=2, replace=False))
+            self.chosen_options = {name: str(self.rng.choice(values)) for name, values in self.target.options.items()}
+            self.limit = self.target.price + int(self.rng.integers(1, 20))
+            self.results, self.first, self.product, self.chosen, self.bought = None, 0, None, {}, None
+            plan = self.oracle()
+            if plan is not None and len(plan) <= self.actions_left:
+                return
+        raise RuntimeError("found no instruction that can be fulfilled within the budget in 10000 draws")
+
+    # The pages: search (results None), results (product None), product ---------------------------------------------
+
+    def clicks(self):
+        """What can be clicked on this page."""
+        if self.product is not None:
+            values = [value for values in self.product.options.values() for value in values]
+            return [*values, "buy now", "back to results", "back to search"]
+        if self.results is None:
+            return []
+        turning = ["next page"] * (self.first + self.page < len(self.results)) + ["previous page"] * (self.first > 0)
+        return [*(self.products[i].name for i in self._shown()), *turning, "back to search"]
+
+    def _shown(self):
+        return self.results[self.first:self.first + self.page]
+
+    def read(self, text):
+        match = re.fullmatch(r"\s*(search|click)\s*\[([^\[\]]*)\]\s*", text, re.IGNORECASE)
+        if match is None:
+            return None
+        if match[1].lower() == "search":
+            words = re.findall(r"[a-z0-9]+", match[2].lower())
+            return f"search[{' '.join(words[:20])}]" if words and self.results is None else None
+        thing = " ".join(match[2].split()).lower()
+        return f"click[{thing}]" if thing in self.clicks() else None
+
+    def random_action(self, rng):
+        if self.results is None:
+            return f"search[{rng.choice([category for group in DEPARTMENTS.values() for category in group])}]"
+        return f"click[{rng.choice(self.clicks())}]"
+
+    def move(self, action):
+        verb, thing = action[:-1].split("[", 1)
+        if verb == "search":
+            self.results, self.first = search(self.catalogue_seed, len(self.products), thing), 0
+        elif thing == "back to search":
+            self.results, self.product = None, None
+        elif thing == "back to results":
+            self.product = None
+        elif thing in ("next page", "previous page"):
+            self.first += self.page if thing == "next page" else -self.page
+        elif thing == "buy now":
+            self.bought = self.product
+            return self.score(self.product, self.chosen)
+        elif self.product is None:
+            self.product, self.chosen = next(self.products[i] for i in self._shown() if self.products[i].name == thing), {}
+        else:
+            self.chosen = self.chosen | {name: thing for name, values in self.product.options.items() if thing in values}
+        return 0.0
+
+    def score(self, product, chosen):
+        """WebShop's reward for buying a product with chosen options {name: value}."""
+        same_department = product.department == self.target.department
+        kind = 1.0 if product.category == self.target.category else 0.5 if same_department else 0.0
+        found = len(set(self.wanted) & set(product.attributes)) + (product.price <= self.limit)
+        found += sum(chosen.get(name) == value for name, value in self.chosen_options.items())
+        return kind * found / (len(self.wanted) + len(self.chosen_options) + 1)
+
+    def _perfect(self, product):
+        """Whether a product can be bought for a score of 1."""
+        offered = all(value in product.options[name] for name, value in self.chosen_options.items())
+        return offered and self.score(product, self.chosen_options) == 1
+
+    def solved(self):
+        return self.bought is not None and self.score(self.bought, self.chosen) == 1
+
+    def failed(self):
+        return self.bought is not None and not self.solved()
+
+    def outcome(self):
+        bought = self.bought is not None
+        return {"purchased": float(bought), "score": self.score(self.bought, self.chosen) if bought else 0.0}
+
+    @property
+    def query(self):
+        """What the instruction asks for, in its own words."""
+        return " ".join((*self.wanted, self.target.category))
+
+    def oracle(self):
+        """The shortest way to a score of 1 that searches for nothing but the instruction's own words; None if there is none."""
+        if self.bought is not None:
+            return [] if self.solved() else None
+        choose = lambda chosen: [f"click[{v}]" for name, v in self.chosen_options.items() if chosen.get(name) != v]
+        if self.product is not None and self._perfect(self.product):
+            return [*choose(self.chosen), "click[buy now]"]
+        plans = []
+        anew = search(self.catalogue_seed, len(self.products), self.query)
+        back = ["click[back to search]"] * (self.results is not None)
+        here = ["click[back to results]"] * (self.product is not None)
+        for results, first, way in ((self.results, self.first, here), (anew, 0, [*back, f"search[{self.query}]"])):
+            for rank, i in enumerate(results or ()):
+                if self._perfect(self.products[i]):
+                    pages = rank // self.page - first // self.page
+                    turning = ["click[next page]" if pages > 0 else "click[previous page]"] * abs(pages)
+                    plans.append([*way, *turning, f"click[{self.products[i].name}]", *choose({}), "click[buy now]"])
+        return min(plans, key=len, default=None)
+
+    # What the agent reads ------------------------------------------------------------------------------------------
+
+    action_help = "search[words] on the search page, click[thing] on any other"
+
+    def render(self):
+        options = " and ".join(f"{name} {value}" for name, value in self.chosen_options.items())
+        lines = [f"Instruction: buy a {self.query} with {options} for at most {self.limit} dollars."]
+        if self.bought is not None:
+            lines.append(f"You bought {self.bought.name}.")
+        elif self.product is not None:
+            lines += [f"{self.product.name}: {self.product.title}, {self.product.price} dollars"]
+            lines += [f"{name}: {' '.join(f'[{v}]' for v in values)}, chosen: {self.chosen.get(name, 'none')}"
+                      for name, values in self.product.options.items()]
+        elif self.results is not None:
+            lines.append(f"{len(self.results)} results, page {self.first // self.page + 1}")
+            lines += [f"[{p.name}] {p.title}, {p.price} dollars" for p in (self.products[i] for i in self._shown())]
+        things = self.clicks()
+        legal = "search[words]" if self.results is None else " ".join(f"click[{thing}]" for thing in things)
+        return "\n".join([*lines, f"Legal actions: {'none' if self.bought is not None else legal}"])
+
+    def facts(self):
+        if self.product is not None or self.results is None:
+            chosen = self.chosen if self.product is not None else {}
+            return [f"You want {value}." for name, value in self.chosen_options.items() if chosen.get(name) != value]
+        sentences = []
+        for item in (self.products[i] for i in self._shown()):
+            lacking = [word for word in self.wanted if word not in item.attributes]
+            if item.category != self.target.category:
+                what = f"is no {self.target.category}"
+            elif lacking:
+                what = f"lacks {lacking[0]}"
+            else:
+                what = "is too expensive" if item.price > self.limit else "fits"
+            sentences.append(f"{item.name.capitalize()} {what}.")
+        return sentences
+
+
+ENVS = {cls.name: cls for cls in (Sokoban, FrozenLake, Sudoku, Shop)}
 
 
 def make(name, **options):
@@ -445,7 +811,7 @@ def random_floor(env, seeds, episodes=16):
             env.reset(seed=seed)
             over = False
             while not over:
-                picks = rng.choice(env.actions, size=env.actions_per_turn)
+                picks = [env.random_action(rng) for _ in range(env.actions_per_turn)]
                 *_, terminated, truncated, info = env.step(response(picks))
                 over = terminated or truncated
             wins += info["success"]

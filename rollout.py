@@ -12,8 +12,11 @@ Works with any Hugging Face causal model and a tokenizer that has a chat templat
 default run uses, and the demonstrations that teach it to answer in the right format. Shapes as in actfocus.py.
 """
 
+import argparse
 import copy
 import re
+import statistics
+import time
 from dataclasses import dataclass, fields
 from itertools import accumulate
 
@@ -24,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
-from env import response
+from env import make, response
 from kernels import token_stats
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -44,13 +47,15 @@ class Trajectories:
     success: torch.Tensor  # [B] bool
     valid: torch.Tensor  # [B] float32: share of the responses that paid no format penalty
     turns: torch.Tensor  # [B] int64: responses given
+    outcome: dict[str, torch.Tensor]  # name -> [B] float32: what the environment's `outcome` says of the finished episodes
 
     def __len__(self):
         return len(self.ids)
 
     def select(self, rows):
         """The given rows, without the padding that none of them needs."""
-        picked = Trajectories(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        pick = lambda x: {name: pick(value) for name, value in x.items()} if isinstance(x, dict) else x[rows]
+        picked = Trajectories(**{field.name: pick(getattr(self, field.name)) for field in fields(self)})
         longest = int(picked.lengths.max()) if len(picked) else 0
         for name in ("ids", "response_mask", "action_mask", "turn_ids", "logprobs"):
             setattr(picked, name, getattr(picked, name)[:, :longest])
@@ -165,7 +170,9 @@ def pack(transcripts, pad_id):
         returns=torch.tensor([sum(t.rewards) for t in transcripts], dtype=torch.float32),
         success=torch.tensor([t.success for t in transcripts]),
         valid=torch.tensor([sum(t.valid) / len(t.valid) for t in transcripts]),
-        turns=torch.tensor([len(t.rewards) for t in transcripts]))
+        turns=torch.tensor([len(t.rewards) for t in transcripts]),
+        outcome={name: torch.tensor([t.env.outcome()[name] for t in transcripts], dtype=torch.float32)
+                 for name in transcripts[0].env.outcome()})
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
@@ -358,7 +365,7 @@ def demonstration(env, rng, noise):
     ahead, actions = copy.deepcopy(env), []
     while len(actions) < env.actions_per_turn and not (ahead.solved() or ahead.failed()):
         plan = ahead.oracle()
-        actions.append(plan[0] if plan and rng.random() >= noise else str(rng.choice(env.actions)))
+        actions.append(plan[0] if plan and rng.random() >= noise else ahead.random_action(rng))
         ahead.move(actions[-1])
     return response(actions, think=" ".join(sentences))
 
@@ -418,3 +425,76 @@ def load_agent(path, device):
         if not torch.allclose(score(model, ids, everywhere).logsumexp[:, 1:], logsumexp, atol=1e-2):
             raise ValueError(f"{path}: this model's logits are more than its output embedding of the last hidden state")
     return model, load_tokenizer(path)
+
+
+# The benchmark --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rollout_by_generate(model, tokenizer, envs, *, seeds, temperature, max_response_tokens):
+    """What `rollout` is measured against: every turn encodes the whole conversation again and calls `model.generate`.
+
+    -> tokens generated. The responses follow the same distribution, end-of-turn token included.
+    """
+    chats = [[{"role": "system", "content": env.system_prompt}, {"role": "user", "content": env.reset(seed=seed)[0]}]
+             for env, seed in zip(envs, seeds)]
+    active, generated = list(range(len(envs))), 0
+    while active:
+        texts = [tokenizer.apply_chat_template(chats[i], tokenize=False, add_generation_prompt=True) for i in active]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        out = model.generate(input_ids=batch.input_ids.to(model.device), attention_mask=batch.attention_mask.to(model.device),
+                             do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_response_tokens,
+                             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+        going_on = []
+        for i, ids in zip(active, out[:, batch.input_ids.shape[1]:].tolist()):
+            ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
+            generated += len(ids)
+            text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            observation, _, terminated, truncated, _ = envs[i].step(text)
+            if not (terminated or truncated):
+                chats[i] += [{"role": "assistant", "content": text}, {"role": "user", "content": observation}]
+                going_on.append(i)
+        active = going_on
+    return generated
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Tokens per second of rollout() and of model.generate on the re-encoded "
+                                     "conversation: the built-in agent, untrained, on Sokoban; medians of alternating runs.")
+    parser.add_argument("--batch", type=int, default=128, help="episodes played side by side (default: 128)")
+    parser.add_argument("--turns", type=int, nargs="+", default=[2, 4, 8], help="turns an episode (default: 2 4 8)")
+    parser.add_argument("--tokens", type=int, default=60, help="longest response (default: 60)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured runs of each (default: 3)")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {options.batch} episodes, responses of at "
+          f"most {options.tokens} tokens")
+    print("| turns | rollout, tokens/s | generate, tokens/s | ratio | rollout, s a turn |")
+    print("|---|---|---|---|---|")
+    for turns in options.turns:
+        envs = [make("sokoban", walls=0, observation="coordinates", max_turns=turns, max_actions=2 * turns, max_moves=4)
+                for _ in range(options.batch)]
+        seeds = range(options.batch)
+        texts = ["system", "user", "assistant", *FILLERS]
+        for seed in seeds:
+            texts += [envs[0].reset(seed=seed)[0], response(envs[0].actions, " ".join(envs[0].facts()))]
+        tokenizer = tiny_tokenizer(texts, phrases=[envs[0].system_prompt, envs[0].format_reminder])
+        model = tiny_model(tokenizer).to(device).eval()
+        runs = {"rollout": [], "generate": []}
+        for turn in range(options.rounds + 1):  # the first warms up
+            torch.manual_seed(turn)
+            shared = dict(seeds=seeds, temperature=1.0, max_response_tokens=options.tokens)
+            started = time.perf_counter()
+            played = rollout(model, tokenizer, envs, **shared, generator=torch.Generator(device).manual_seed(turn))
+            middle = time.perf_counter()
+            generated = rollout_by_generate(model, tokenizer, envs, **shared)
+            ended = time.perf_counter()
+            runs["rollout"].append((int(played.response_mask.sum()) / (middle - started), (middle - started) / turns))
+            runs["generate"].append((generated / (ended - middle), 0))
+        speed = {name: statistics.median(rate for rate, _ in values[1:]) for name, values in runs.items()}
+        print(f"| {turns} | {speed['rollout']:.0f} | {speed['generate']:.0f} | {speed['rollout'] / speed['generate']:.1f} | "
+              f"{statistics.median(seconds for _, seconds in runs['rollout'][1:]):.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -45,7 +45,9 @@ HERE = Path(__file__).resolve().parent
 # Boards on which the built-in agent learns in minutes; other models get the paper's. --env-options overrides either.
 TINY_BOARDS = {"sokoban": {"walls": 0, "min_moves": 2, "max_moves": 6, "max_turns": 4, "max_actions": 8,
                            "observation": "coordinates"},
-               "frozenlake": {}}
+               "shop": {"products": 60, "page": 3}}
+# Settings that an environment's warm start needs to differ from the defaults; the command line overrides them.
+ENV_DEFAULTS = {}
 CREDITS = {"uniform": lambda settings: {"alpha": 1.0, "beta": 0.0},
            "actfocus": lambda settings: {"alpha": settings.alpha, "beta": settings.beta}}
 EVALUATION_SEED, VALIDATION_SEED = 1_000_000_000, 2_000_000_000  # training boards are drawn from below both
@@ -410,7 +412,8 @@ def describe(trajectories):
     return {"return": trajectories.returns.mean().item(), "success": trajectories.success.float().mean().item(),
             "format_valid": float((trajectories.valid * trajectories.turns).sum() / turns),
             "turns": turns / len(trajectories), "think_tokens": (response - action) / turns, "action_tokens": action / turns,
-            "action_fraction": action / max(response, 1)}
+            "action_fraction": action / max(response, 1)} | {
+            name: values.mean().item() for name, values in trajectories.outcome.items()}
 
 
 def train_arm(settings, base, algo, credit, seed, report):
@@ -596,6 +599,7 @@ def compare(settings, finished=()):
     ceiling = environments.mean_ceiling(env, settings.evaluation_seeds())
     arms = [(algo, credit, seed) for seed in settings.seeds for algo in settings.algos for credit in settings.credits]
     missing = [arm for arm in arms if arm not in set(map(arm_of, lines))]
+    shown = {"success": "success", "valid": "format_valid", **{name: name for name in env.outcome()}}.items()
     with tqdm(total=len(missing) * (settings.steps + 1), desc=f"{len(missing)} arms", unit="step", smoothing=0.05) as bar, \
             open(out / "metrics.jsonl", "a") as file:
         def report(line):
@@ -604,7 +608,7 @@ def compare(settings, finished=()):
             file.flush()
             if "eval_success" in line:
                 bar.write(f"{line['algo']:<4} {line['credit']:<8} seed {line['seed']}  step {line['step']:>3}  "
-                          f"success {100 * line['eval_success']:5.1f} %  valid {100 * line['eval_format_valid']:5.1f} %")
+                          + "  ".join(f"{name} {100 * line['eval_' + key]:5.1f} %" for name, key in shown))
             bar.update()
         train_arms(settings, base, missing, report)
     # Arms that ran side by side have mixed their lines; in the end an arm's lines stand together.
@@ -648,6 +652,8 @@ def parse(arguments):
                             nargs="+" if many else None, metavar=f.name.split("_")[-1].upper())
     parser.add_argument("--resume", action="store_true", help="keep the arms that an interrupted run with the same --out and "
                         "settings had finished; the others start again")
+    known, _ = parser.parse_known_args(arguments)
+    parser.set_defaults(**ENV_DEFAULTS.get(known.env, {}))
     values = vars(parser.parse_args(arguments))
     resume = values.pop("resume")
     try:

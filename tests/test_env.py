@@ -10,6 +10,7 @@ import env as environments
 from env import ENVS, make, response
 
 SEEDS = range(30)
+GRIDS = ["sokoban", "frozenlake"]  # whose actions are moves
 
 
 def play(env, seed, choose):
@@ -99,7 +100,7 @@ def test_frozenlake_ceiling_is_what_the_best_play_wins():
 
 
 def test_no_play_beats_the_ceiling_and_random_play_is_far_below():
-    for name in ENVS:
+    for name in GRIDS:
         env = make(name)
         floor, ceiling = environments.random_floor(env, SEEDS), environments.mean_ceiling(env, SEEDS)
         wins = []
@@ -117,9 +118,19 @@ def test_no_play_beats_the_ceiling_and_random_play_is_far_below():
 
 
 @pytest.mark.parametrize("name", ENVS)
+def test_best_play_wins_and_random_play_hardly(name):
+    env = make(name)
+    assert environments.mean_ceiling(env, SEEDS) > 0.9 and environments.random_floor(env, SEEDS, episodes=4) < 0.4
+    if name != "frozenlake":  # where luck decides
+        for seed in SEEDS:
+            assert play(env, seed, lambda e: e.oracle()[:e.actions_per_turn])[-1][4]["success"]
+
+
+@pytest.mark.parametrize("name", ENVS)
 def test_the_same_seed_gives_the_same_episode_whatever_else_is_drawn(name):
     def episode(env):
-        return [r[:4] for r in play(env, 11, lambda e: ["Left", "Up"])]
+        rng = np.random.default_rng(0)
+        return [r[:4] for r in play(env, 11, lambda e: [e.random_action(rng)])]
     first = episode(make(name))
     np.random.seed(0)
     env = make(name)
@@ -129,13 +140,51 @@ def test_the_same_seed_gives_the_same_episode_whatever_else_is_drawn(name):
 
 @pytest.mark.parametrize("name", ENVS)
 def test_a_deep_copy_goes_on_with_the_same_luck(name):
-    env = make(name)
+    env, rng = make(name), np.random.default_rng(0)
     env.reset(seed=3)
-    env.step(response(["Up"]))
+    env.step(response([env.random_action(rng)]))
     twin = copy.deepcopy(env)
     for _ in range(3):
         if not env._over:
-            assert env.step(response(["Right", "Down"])) == twin.step(response(["Right", "Down"]))
+            text = response([env.random_action(rng)])
+            assert env.step(text) == twin.step(text)
+
+
+def noise(rng):
+    """Random text, most of it near a valid response: pieces of responses, actions, tags, noise of several alphabets."""
+    pieces = ["<think>", "</think>", "<answer>", "</answer>", "||", " ", "\n", "Up", "place 3 at row 1 col 2", "1,2,3", "4,4,4",
+              "search[warm shirt]", "click[buy now]", "search[", "]", "click[b1]", "'; DROP TABLE boards; --", "\x00\x1b[2J\r",
+              "\u202e\ud7ff🙂é", "<think><answer></think>", "9" * 50, "%s%n{0}", "\\", "<|im_end|>"]
+    text = "".join(pieces[i] for i in rng.integers(len(pieces), size=rng.integers(12)))
+    return response([text], text[:9]) if rng.random() < 0.3 else text
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_ten_thousand_random_answers_break_nothing(name):
+    """No exception; an invalid answer costs the penalty, and what could not be read changed nothing."""
+    env, rng, invalid = make(name), np.random.default_rng(0), 0
+    env.reset(seed=0)
+    for i in range(10_000):
+        if env._over:
+            env.reset(seed=i)
+        text, before = noise(rng), env.render()
+        actions, valid = env.parse(text)
+        _, reward, _, _, info = env.step(text)
+        assert info["valid"] == valid and np.isfinite(reward)
+        if not actions:
+            invalid += 1
+            assert not valid and reward == -env.format_penalty and env.render() == before
+    assert 5000 < invalid < 10_000
+
+
+@pytest.mark.parametrize("name", ENVS)
+@pytest.mark.parametrize("text", ["", "x" * 10_000, "<think></think><answer>" + "Up||" * 2500, "\x00" * 100,
+                                  response(["[" * 5000]), response(["click[" * 1000]), response(["1," * 5000])])
+def test_long_and_odd_answers_are_only_invalid(name, text):
+    env = make(name)
+    env.reset(seed=0)
+    before = env.render()
+    assert env.step(text)[1] == -0.1 and env.render() == before
 
 
 def answers():
@@ -157,7 +206,7 @@ def answers():
 
 
 @pytest.mark.parametrize("case", answers())
-@pytest.mark.parametrize("name", ENVS)
+@pytest.mark.parametrize("name", GRIDS)
 def test_any_text_is_an_answer(name, case):
     text, expected, valid = answers()[case]
     env = make(name)
@@ -195,7 +244,7 @@ def test_budgets_end_the_episode():
     assert truncated and info["actions"] == ["Up"]
 
 
-@pytest.mark.parametrize("name", ENVS)
+@pytest.mark.parametrize("name", GRIDS)
 def test_prompts_say_what_the_paper_says(name):
     env = make(name)
     observation, info = env.reset(seed=0)
@@ -207,7 +256,7 @@ def test_prompts_say_what_the_paper_says(name):
     assert later.startswith("Reward: -0.1\nTurn 2:") and "8 actions left" in later
 
 
-@pytest.mark.parametrize("name", ENVS)
+@pytest.mark.parametrize("name", GRIDS)
 def test_facts_are_true_and_their_opposites_false(name):
     env = make(name)
     opposite = {"above": "below", "below": "above", "left of": "right of", "right of": "left of", "wall": "box",
@@ -226,7 +275,225 @@ def test_facts_are_true_and_their_opposites_false(name):
     ("chess", {}), ("sokoban", {"sise": 6}), ("sokoban", {"size": 3}), ("sokoban", {"walls": 20}),
     ("sokoban", {"max_moves": 11}),
     ("sokoban", {"observation": "smell"}), ("sokoban", {"size": "big"}), ("sokoban", {"max_turns": 0}),
+    ("sudoku", {"difficulty": "brutal"}), ("sudoku", {"hint": 1}), ("sudoku", {"max_turns": 2}),
+    ("shop", {"actions_per_turn": 2}), ("shop", {"products": 0}), ("shop", {"page": "many"}),
+    ("shop", {"catalogue_seed": -1}), ("shop", {"max_turns": 3}),
     ("frozenlake", {"frozen": 0}), ("frozenlake", {"intended": 1.5}), ("frozenlake", {"size": 1})])
 def test_bad_options_are_a_value_error(name, options):
     with pytest.raises(ValueError):
         make(name, **options)
+
+
+def test_frozenlake_moves_like_gymnasiums():
+    """Same slips, same edges as the transition table of Gymnasium's FrozenLake, for every tile and move."""
+    gymnasium = pytest.importorskip("gymnasium")
+    rows = ["SFFF", "FHFH", "FFFH", "HFFG"]
+    table = gymnasium.make("FrozenLake-v1", desc=rows, is_slippery=True).unwrapped.P
+    env = make("frozenlake", intended=1 / 3)
+    env.reset(seed=0)
+    env.holes = frozenset((r, c) for r in range(4) for c in range(4) if rows[r][c] == "H")
+    env.goal = (3, 3)
+    for cell in range(15):
+        if rows[cell // 4][cell % 4] == "H":
+            continue
+        for i, action in enumerate(env.actions):  # in Gymnasium's order: Left, Down, Right, Up
+            ours, theirs = np.zeros(16), np.zeros(16)
+            for direction, p in env._outcomes(action):
+                row, column = env._after(divmod(cell, 4), direction)
+                ours[4 * row + column] += p
+            for p, after, reward, _ in table[cell][i]:
+                theirs[after] += p
+                assert reward == (after == 15)
+            np.testing.assert_allclose(ours, theirs)
+
+
+def test_sokobans_oracle_agrees_with_a_second_solver():
+    """Iterative deepening over move sequences on the printed grid: nothing shared with the environment but the text."""
+    def solvable(grid, depth):
+        if not any("X" in row for row in grid):
+            return True
+        if depth == 0:
+            return False
+        r, c = next((r, row.index(p)) for r, row in enumerate(grid) for p in "PS" if p in row)
+        for dr, dc in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+            cells = [list(row) for row in grid]
+            if cells[r + dr][c + dc] in "X√":
+                if cells[r + 2 * dr][c + 2 * dc] not in "_O":
+                    continue
+                cells[r + 2 * dr][c + 2 * dc] = "√" if cells[r + 2 * dr][c + 2 * dc] == "O" else "X"
+                cells[r + dr][c + dc] = "O" if cells[r + dr][c + dc] == "√" else "_"
+            elif cells[r + dr][c + dc] == "#":
+                continue
+            cells[r + dr][c + dc] = "S" if cells[r + dr][c + dc] == "O" else "P"
+            cells[r][c] = "O" if grid[r][c] == "S" else "_"
+            if solvable(["".join(row) for row in cells], depth - 1):
+                return True
+        return False
+    env = make("sokoban", max_moves=6)
+    for seed in range(12):
+        env.reset(seed=seed)
+        n = len(env.oracle())
+        grid = env.render().splitlines()
+        assert solvable(grid, n) and not any(solvable(grid, depth) for depth in range(n))
+
+
+# Sudoku
+
+
+@pytest.mark.parametrize("difficulty, blanks", [("easy", 6), ("medium", 8), ("hard", 9)])
+def test_every_sudoku_has_exactly_one_solution(difficulty, blanks):
+    """Brute force: of all ways to fill the blanks, one breaks no rule, and it is the oracle's."""
+    env = make("sudoku", difficulty=difficulty)
+    units = [[(r, c) for c in range(4)] for r in range(4)] + [[(r, c) for r in range(4)] for c in range(4)]
+    units += [[(2 * a + r, 2 * b + c) for r in range(2) for c in range(2)] for a in range(2) for b in range(2)]
+
+    def solutions(grid):
+        empty = [cell for cell, value in grid.items() if not value]
+        if not empty:
+            return [dict(grid)]
+        found = []
+        for value in range(1, 5):
+            if all(grid[other] != value for unit in units if empty[0] in unit for other in unit):
+                found += solutions(grid | {empty[0]: value})
+        return found
+    for seed in range(60):
+        env.reset(seed=seed)
+        grid = {(r, c): int(x.strip("[]").replace(".", "0")) for r, row in enumerate(env.render().splitlines())
+                for c, x in enumerate(row.split())}
+        assert sum(not value for value in grid.values()) == blanks
+        only, = solutions(grid)
+        for action in env.oracle():
+            value, row, column = (int(word) for word in action.split() if word.isdigit())
+            assert only[row - 1, column - 1] == value
+            env.move(action)
+        assert env.solved()
+
+
+def test_sudoku_rewards_marks_and_both_answer_forms():
+    env = make("sudoku")
+    env.reset(seed=1)
+    assert env.render() == "[2] . [3] [1]\n[1] [3] [4] .\n[4] [1] . [3]\n. . [1] ."
+    *_, info = env.step(response(["place 4 at row 1 col 2"]))
+    twin = make("sudoku")
+    twin.reset(seed=1)
+    assert twin.step(response([" 1, 2,4 "]))[4]["actions"] == info["actions"] == ["place 4 at row 1 col 2"]
+    assert env.render().startswith("[2] 4 [3]")
+    assert env.move("place 4 at row 1 col 2") == 0  # right, but paid before
+    assert env.move("place 1 at row 1 col 1") == -0.1 and env.render().startswith("[2] 4")  # given
+    assert env.move("place 3 at row 4 col 2") == -0.1 and "*3*" in env.render()  # in conflict with the 3 above
+    assert env.move("place 4 at row 4 col 2") == -0.1 and env.render().startswith("[2] *4*")  # marks both
+    assert env.move("place 2 at row 4 col 2") == 1
+    assert env.move("place 4 at row 4 col 1") == -0.1
+    assert env.move("place 2 at row 4 col 4") == -0.1
+    assert env.move("place 2 at row 2 col 4") == 1 and env.move("place 2 at row 3 col 3") == 1
+    assert env.move("place 3 at row 4 col 1") == 1 and not env.solved()
+    assert env.move("place 4 at row 4 col 4") == 11 and env.solved()
+
+
+def test_a_legal_but_wrong_number_earns_half_once():
+    env = make("sudoku", difficulty="hard")
+    for seed in range(50):
+        env.reset(seed=seed)
+        for cell in set(range(16)) - env.given:
+            wrong = [v for v in env.candidates(cell) if v != env.solution[cell]]
+            if wrong:
+                action = f"place {wrong[0]} at row {cell // 4 + 1} col {cell % 4 + 1}"
+                assert env.move(action) == 0.5 and env.move(action) == 0
+                return
+    raise AssertionError("no puzzle had a legal wrong number")
+
+
+def test_the_candidate_hint_is_off_unless_asked_for():
+    plain, hinted = make("sudoku"), make("sudoku", hint=True)
+    for seed in SEEDS:
+        assert "can be" not in plain.reset(seed=seed)[0]
+        observation, _ = hinted.reset(seed=seed)
+        for line in observation.splitlines():
+            if "can be" in line:
+                _, row, _, column, _, _, *values = line.split()
+                assert str(hinted.solution[4 * int(row) + int(column) - 5]) in values
+
+
+# The shop
+
+
+def buy(env, *actions):
+    for action in actions:
+        assert env.read(action) == action
+        reward = env.move(action)
+    return reward
+
+
+def test_the_score_of_a_purchase_is_webshops():
+    env = make("shop")
+    env.reset(seed=1)
+    assert "compact wooden chair with color red and size small for at most 81 dollars" in env.render()
+    shops = [copy.deepcopy(env) for _ in range(4)]
+    buy_now = "click[buy now]"
+    assert buy(env, "search[compact wooden chair]", "click[b20]", "click[red]", "click[small]", buy_now) == 1
+    assert env.solved() and env.outcome() == {"purchased": 1.0, "score": 1.0}
+    assert buy(shops[0], "search[compact wooden chair]", "click[b20]", "click[blue]", "click[small]", buy_now) == 4 / 5
+    assert shops[0].failed() and shops[0].outcome() == {"purchased": 1.0, "score": 0.8}
+    assert buy(shops[1], "search[compact wooden chair]", "click[b5]", buy_now) == 2 / 5  # too expensive, no option chosen
+    lamp = next(p for p in env.products if p.category == "lamp" and p.price <= 81 and "wooden" in p.attributes)
+    other = next(p for p in env.products if p.department == "clothing")
+    assert shops[2].score(lamp, {}) == 0.5 * (len({"compact", "wooden"} & set(lamp.attributes)) + 1) / 5
+    assert shops[3].score(other, {"color": "red", "size": "small"}) == 0
+
+
+def test_search_ranks_by_bm25():
+    """Against the formula, computed from the titles alone."""
+    products = environments.catalogue(0, 50)
+    documents = [f"{p.title} {p.category} {p.department}".split() for p in products]
+    mean = np.mean([len(d) for d in documents])
+
+    def bm25(document, words, k1=1.5, b=0.75):
+        total = 0.0
+        for word in words:
+            n = sum(word in d for d in documents)
+            f = document.count(word)
+            total += np.log(1 + (50 - n + 0.5) / (n + 0.5)) * f * (k1 + 1) / (f + k1 * (1 - b + b * len(document) / mean))
+        return total
+    for query in ("warm cotton shirt", "wireless speaker", "kitchen", "zebra"):
+        scores = [bm25(d, query.split()) for d in documents]
+        found = environments.search(0, 50, query)
+        assert [scores[i] for i in found] == pytest.approx(sorted((x for x in scores if x), reverse=True))
+
+
+def test_the_shop_lists_exactly_what_can_be_done():
+    env, rng = make("shop"), np.random.default_rng(0)
+    for seed in range(40):
+        observation, _ = env.reset(seed=seed)
+        over = False
+        while not over:
+            line = next(line for line in observation.splitlines() if line.startswith("Legal actions: "))
+            assert line == "Legal actions: " + (" ".join(f"click[{x}]" for x in env.clicks()) or "search[words]")
+            assert env.read("search[shirt]") == ("search[shirt]" if env.results is None else None)
+            assert env.read("click[the moon]") is None and env.read(" CLICK[ buy  now ] ") in (None, "click[buy now]")
+            observation, _, terminated, truncated, info = env.step(response([env.random_action(rng)]))
+            assert info["valid"]
+            over = terminated or truncated
+
+
+def test_the_oracle_buys_the_right_thing_from_any_page():
+    env, rng = make("shop"), np.random.default_rng(0)
+    for seed in range(60):
+        env.reset(seed=seed)
+        for _ in range(int(rng.integers(5))):
+            if "buy" not in (action := env.random_action(rng)):
+                env.move(action)
+        plan = env.oracle()
+        for n, action in enumerate(plan):
+            assert len(env.oracle()) == len(plan) - n
+            buy(env, action)
+        assert env.solved()
+
+
+@pytest.mark.parametrize("name", ["sudoku", "shop"])
+def test_facts_hold_and_others_of_their_kind_do_not(name):
+    env = make(name)
+    false = {"sudoku": "Row 1 needs 1 2 3 4.", "shop": "B299 fits."}[name]
+    for seed in SEEDS:
+        env.reset(seed=seed)
+        assert env.facts() and all(env.is_fact(fact) for fact in env.facts())
+        assert env.is_fact(false) is False and env.is_fact("I like it here.") is None

@@ -176,6 +176,15 @@ def test_blocks_of_tokens_and_masked_tokens(monkeypatch, n, masked):
         close(x.grad, double.grad, 1e-5)
 
 
+def test_autocast_around_the_call_changes_nothing():
+    hidden, weight, bias, targets = inputs(9, 50, 16)
+    plain = token_stats(hidden, weight, targets, bias=bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = token_stats(hidden, weight, targets, bias=bias)
+        cast[0].sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast)) and weight.grad.dtype == torch.float32
+
+
 def test_a_retained_graph_can_be_walked_twice():
     hidden, weight, bias, targets = inputs(40, 50, 16)
     loss = token_stats(hidden, weight, targets, bias=bias)[0].sum()
@@ -263,8 +272,8 @@ def test_on_a_gpu():
 
 def test_the_benchmark_prints_its_table():
     """Small shapes, one round: every method that is installed has a row, and the gradients are right."""
-    command = [sys.executable, "kernels.py", "--tokens", "64", "--hidden", "32", "--vocabulary", "500", "--rounds", "1", "--device",
-               "cpu", "--methods", "token_stats", "full logits", "checkpoint per chunk", "four products"]
+    command = [sys.executable, "kernels.py", "--tokens", "64", "--hidden", "32", "--vocabulary", "500", "--rounds", "1",
+               "--device", "cpu", "--methods", "token_stats", "full logits", "checkpoint per chunk", "four products"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
     assert [row[0] for row in rows[1:]] == command[-4:]
