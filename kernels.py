@@ -163,7 +163,12 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_logprob, _, d_entropy):
+    def backward(ctx, *gradients):
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return _TokenStats.gradients(ctx, *gradients)
+
+    @staticmethod
+    def gradients(ctx, d_logprob, _, d_entropy):
         hidden, weight, bias, targets, *saved = ctx.saved_tensors
         elements, dtype = len(hidden) * len(weight), _factor_dtype(hidden, weight)
         need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad

@@ -305,7 +305,10 @@ def score(model, ids, response_mask, temperature=1.0):
     hidden = model.base_model(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]
     here = response_mask[:, 1:]
     hidden, head = hidden[here], model.get_output_embeddings()  # [N, H]
-    stats = token_stats(hidden, head.weight, ids[:, 1:][here], bias=head.bias, temperature=temperature)
+    weight = head.weight
+    if torch.is_autocast_enabled(ids.device.type):  # token_stats takes what it is given
+        hidden, weight = (x.to(torch.get_autocast_dtype(ids.device.type)) for x in (hidden, weight))
+    stats = token_stats(hidden, weight, ids[:, 1:][here], bias=head.bias, temperature=temperature)
     blank = torch.zeros(ids.shape, device=ids.device)
     return TokenStats(*(blank.masked_scatter(response_mask, values) for values in stats), hidden)
 
@@ -416,7 +419,12 @@ def load_tokenizer(path):
 def load_agent(path, device):
     """(model in float32, tokenizer) from a directory or a Hugging Face id; ValueError if `score` would be wrong for it."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(device)
-    model.eval()  # for training too: with dropout, the ratio would compare the policy with another draw of itself
+    model.eval()
+    for module in model.modules():  # with dropout, the ratio would compare the policy with another draw of itself
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
     ids = torch.arange(8, device=device)[None]  # [1, 8]
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     everywhere[:, 0] = False

@@ -116,6 +116,11 @@ class Settings:
     worse_noise: float = setting(0.75, "share of random actions in the second stage", low=0, high=1)
     # the machine
     device: str = setting("auto", "auto, cpu or cuda")
+    precision: str = setting("auto", "what forward passes compute in; weights and Adam's state stay float32, or a learning rate of "
+                                     "1e-6 would round to nothing. auto: bfloat16 on a GPU",
+                             choices=("auto", "float32", "bfloat16"))
+    gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass instead of keeping it: less "
+                                                  "memory, a third more time")
     jobs: int = setting(0, "arms trained side by side; 0 = one a CPU core, 1 on a GPU", low=0)
     cache: str = setting(str(HERE / ".cache"), "where the taught agent is kept")
 
@@ -155,6 +160,14 @@ class Settings:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
         torch.empty(0, device=device)  # fails here, not after the warm start, where there is no such device
         return device
+
+    @property
+    def half(self):
+        return self.precision == "bfloat16" or (self.precision == "auto" and self.torch_device().type == "cuda")
+
+    def autocast(self):
+        """The context of a forward pass."""
+        return torch.autocast(self.torch_device().type, torch.bfloat16, enabled=self.half)
 
     def evaluation_seeds(self):
         start = EVALUATION_SEED if self.boards == "evaluation" else VALIDATION_SEED
@@ -290,6 +303,10 @@ class Learner:
     def __init__(self, policy, reference, algo, credit, settings):
         self.policy, self.reference, self.settings = policy, reference, settings
         self.algo, self.credit = algo, credit
+        if settings.gradient_checkpointing:
+            new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # renamed within transformers 5
+            getattr(policy, new if hasattr(policy, new) else old)({"use_reentrant": False})
+            policy.train()  # Transformers checkpoints in this mode only; there is no dropout that it could switch on
         self.optimizers = [torch.optim.Adam(policy.parameters(), settings.lr, betas=(0.9, 0.999))]
         self.critic = Critic(policy) if algo == "ppo" else None
         if self.critic:
@@ -314,7 +331,8 @@ class Learner:
                 table["old_values"] = self.critic(part["ids"], part["response_mask"])
             return table
 
-        batch.update(token_table(fixed, batch, s.micro_batch))
+        with s.autocast():
+            batch.update(token_table(fixed, batch, s.micro_batch))
         signal = token_signal(s.signal, **{name: batch[name] for name in
                                            ("old_logprobs", "ref_logprobs", "ref_energy", "ref_entropy")})
         batch["weights"] = credit_weights(self.credit, signal, batch["action_mask"], mask, s)
@@ -356,7 +374,8 @@ class Learner:
             for rows in order.split(s.minibatch):
                 weight_sum, tokens = batch["weights"][rows].sum(), batch["response_mask"][rows].sum()
                 for part in micro_batches(batch, rows, s.micro_batch):
-                    loss, hidden, log = self.minibatch_loss(part, weight_sum, tokens)
+                    with s.autocast():
+                        loss, hidden, log = self.minibatch_loss(part, weight_sum, tokens)
                     hidden.retain_grad()
                     loss.backward()
                     squares = hidden.grad.float().square().sum(-1)  # [N]
@@ -401,8 +420,9 @@ def last_response(mask):
 
 
 def play(policy, tokenizer, envs, seeds, settings, temperature, generator):
-    return sampling.rollout(policy, tokenizer, envs[: len(seeds)], seeds=seeds, temperature=temperature,
-                            max_response_tokens=settings.max_response_tokens, generator=generator)
+    with settings.autocast():
+        return sampling.rollout(policy, tokenizer, envs[: len(seeds)], seeds=seeds, temperature=temperature,
+                                max_response_tokens=settings.max_response_tokens, generator=generator)
 
 
 def describe(trajectories):
@@ -422,6 +442,8 @@ def train_arm(settings, base, algo, credit, seed, report):
     torch.manual_seed(seed)
     policy, tokenizer = load_agent(base, device)
     reference = copy.deepcopy(policy).requires_grad_(False)
+    if s.half:  # it is never updated, so nothing is lost below bfloat16
+        reference.bfloat16()
     learner = Learner(policy, reference, algo, credit, s)
     env = s.make_env()
     held_out = first_observations(env, s)
@@ -644,6 +666,10 @@ def parse(arguments):
     parser = OneLineParser("train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in dataclasses.fields(Settings):
+        if isinstance(f.default, bool):
+            parser.add_argument("--" + f.name.replace("_", "-"), action=argparse.BooleanOptionalAction, default=f.default,
+                                help=f.metadata["help"])
+            continue
         many = isinstance(f.default, tuple)
         kind = type(f.default[0]) if many and f.default else str if many else type(f.default)
         choices = f.metadata["choices"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import env as environments
 import train
 from rollout import Chat, Transcript, demonstration, load_agent, pack, score
 from train import Critic, Learner, Settings
@@ -303,6 +304,51 @@ def test_a_saved_model_runs_from_its_directory(cache, tmp_path, two_runs):
                      "--algos", "grpo", "--credits", "actfocus", "--steps", "1", "--seeds", "0", "1", "--kl-coef", "0.1")
     assert result.returncode == 0, result.stderr
     assert "over seeds 0 1" in result.stdout and "2 seeds prove nothing" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["sudoku", "shop"])
+def test_an_instruct_model_runs_from_its_directory(cache, tmp_path, instruct_model, name):
+    """In bfloat16 with gradient checkpointing, PPO and GRPO, the paper's boards: the path that a downloaded model takes."""
+    result = command(cache, tmp_path, "--model", str(instruct_model), "--env", name, "--precision", "bfloat16", "--lr", "1e-3",
+                     "--gradient-checkpointing", "--steps", "1", "--eval-boards", "1", "--keep", "1", "--prompts", "1",
+                     "--credits", "actfocus")
+    assert result.returncode == 0, result.stderr
+    lines = metrics(tmp_path)
+    assert len(lines) == 4 and all(0 <= line["success"] <= 1 for line in lines if line["step"])
+    if name == "shop":
+        assert all({"eval_purchased", "eval_score"} <= line.keys() for line in lines) and "purchased" in result.stdout
+
+
+def test_a_learning_rate_of_1e_6_moves_a_policy_that_computes_in_bfloat16(instruct_model):
+    """Its float32 weights move; the same weights kept in bfloat16 would stay where they are."""
+    policy, tokenizer = load_agent(instruct_model, torch.device("cpu"))
+    make_env = lambda: environments.make("sokoban", walls=0)
+    data = trajectories_of((policy, tokenizer, make_env), RETURNS)
+    before = {name: x.clone() for name, x in policy.named_parameters()}
+    learner = Learner(policy, load_agent(instruct_model, torch.device("cpu"))[0].requires_grad_(False), "grpo", "actfocus",
+                      Settings(lr=1e-6, precision="bfloat16"))
+    learner.update(data, torch.tensor(RETURNS), np.random.default_rng(0))
+    moved = {name: (x != before[name]).float().mean().item() for name, x in policy.named_parameters()}
+    rounded = [(x.bfloat16() != before[name].bfloat16()).float().mean().item() for name, x in policy.named_parameters()
+               if x.dim() == 2]  # biases start at 0, where bfloat16 is as fine as float32
+    assert policy.dtype == torch.float32 and min(moved.values()) > 0.5
+    assert np.mean(rounded) < 0.05
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_gradient_checkpointing_changes_no_gradient(agent, algo):
+    _, plain = gradients(agent, algo, "actfocus", 4)
+    _, saving = gradients(agent, algo, "actfocus", 4, gradient_checkpointing=True)
+    assert plain and plain.keys() == saving.keys()
+    for name in plain:
+        torch.testing.assert_close(saving[name], plain[name])
+
+
+def test_dropout_of_a_loaded_model_is_switched_off(instruct_model):
+    policy, _ = load_agent(instruct_model, torch.device("cpu"))
+    policy.train()
+    ids = torch.arange(20)[None]
+    assert torch.equal(policy(ids).logits, policy(ids).logits)
 
 
 def test_a_step_without_spread_is_skipped_and_counted(agent, tmp_path, monkeypatch):
