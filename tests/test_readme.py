@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import env as environments
 import train
+from rollout import demonstration
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -30,10 +33,23 @@ def test_files_that_are_named_exist():
 
 
 def test_the_environment_snippet_runs():
-    snippet = next(s for s in SNIPPETS if "from env import" in s)
+    snippet = next(s for s in SNIPPETS if "env.step(text)" in s)
     names = {}
     exec(snippet, names)
     assert names["reward"] == pytest.approx(-0.2, abs=1.2) and names["info"]["valid"]
+
+
+def test_the_bandit_is_an_environment(monkeypatch):
+    """The README's example plays, has a floor below its ceiling, and demonstrations can be made from it."""
+    monkeypatch.setattr(environments, "ENVS", dict(environments.ENVS))
+    exec(next(s for s in SNIPPETS if "class Bandit" in s), {})
+    env = environments.make("bandit")
+    floor, ceiling = environments.random_floor(env, range(20)), environments.mean_ceiling(env, range(20))
+    assert 0.5 < floor < 1 == ceiling
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    *_, info = env.step(demonstration(env, rng, noise=0.0))
+    assert info["valid"] and len(set(info["actions"])) == 1
 
 
 def test_the_lifting_snippet_runs():
