@@ -46,8 +46,10 @@ HERE = Path(__file__).resolve().parent
 TINY_BOARDS = {"sokoban": {"walls": 0, "min_moves": 2, "max_moves": 6, "max_turns": 4, "max_actions": 8,
                            "observation": "coordinates"},
                "shop": {"products": 60, "page": 3}}
-# Settings that an environment's warm start needs to differ from the defaults; the command line overrides them.
+# Defaults that differ by environment and by --preset; the command line overrides both.
 ENV_DEFAULTS = {}
+PRESETS = {"paper": {"paper_boards": True, "steps": 200, "max_response_tokens": 400, "eval_boards": 32, "eval_rollouts": 16,
+                     "width": 128, "layers": 4, "warm_steps": 6000, "warm_episodes": 12000}}
 CREDITS = {"uniform": lambda settings: {"alpha": 1.0, "beta": 0.0},
            "actfocus": lambda settings: {"alpha": settings.alpha, "beta": settings.beta}}
 EVALUATION_SEED, VALIDATION_SEED = 1_000_000_000, 2_000_000_000  # training boards are drawn from below both
@@ -68,6 +70,7 @@ class Settings:
     env: str = setting("sokoban", "environment", choices=tuple(environments.ENVS))
     env_options: tuple[str, ...] = setting((), "options of the environment, KEY=VALUE; without any, the built-in agent "
                                                "gets small boards and other models the paper's")
+    paper_boards: bool = setting(False, "give the built-in agent the paper's boards, too")
     model: str = setting("tiny", "'tiny' (built in, taught here) or a Hugging Face model id or directory (paper: Qwen2.5 "
                                  "0.5B, 1.5B, 3B Instruct)")
     algos: tuple[str, ...] = setting(("ppo", "grpo"), "algorithms to compare", choices=("ppo", "grpo"))
@@ -116,8 +119,8 @@ class Settings:
     worse_noise: float = setting(0.75, "share of random actions in the second stage", low=0, high=1)
     # the machine
     device: str = setting("auto", "auto, cpu or cuda")
-    precision: str = setting("auto", "what forward passes compute in; weights and Adam's state stay float32, or a learning rate of "
-                                     "1e-6 would round to nothing. auto: bfloat16 on a GPU",
+    precision: str = setting("auto", "what forward passes compute in; weights and Adam's state stay float32, or a rate "
+                                     "of 1e-6 would round to nothing. auto: bfloat16 on a GPU",
                              choices=("auto", "float32", "bfloat16"))
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass instead of keeping it: less "
                                                   "memory, a third more time")
@@ -145,7 +148,8 @@ class Settings:
         self.make_env().reset(seed=0)  # options that admit no board fail here
 
     def make_env(self):
-        options = dict(TINY_BOARDS.get(self.env, {})) if self.model == "tiny" and not self.env_options else {}
+        small = self.model == "tiny" and not self.paper_boards and not self.env_options
+        options = dict(TINY_BOARDS.get(self.env, {})) if small else {}
         for option in self.env_options:
             key, equals, text = option.partition("=")
             if not equals:
@@ -208,8 +212,8 @@ def teach(settings):
 
 def taught_agent(settings):
     """Directory of the built-in agent, taught now unless the cache holds one shaped by the same settings and code."""
-    shaping = ("env", "env_options", "max_response_tokens", "eval_boards", "boards", "width", "layers", "warm_episodes",
-               "warm_steps", "warm_noise", "worse_steps", "worse_noise")
+    shaping = ("env", "env_options", "paper_boards", "max_response_tokens", "eval_boards", "boards", "width", "layers",
+               "warm_episodes", "warm_steps", "warm_noise", "worse_steps", "worse_noise")
     code = [inspect.getsource(part) for part in (environments, sampling, kernels, teach)]
     key = repr([(name, getattr(settings, name)) for name in shaping] + [TINY_BOARDS.get(settings.env), code,
                torch.__version__, transformers.__version__, torch.get_num_threads()])
@@ -678,10 +682,12 @@ def parse(arguments):
                             nargs="+" if many else None, metavar=f.name.split("_")[-1].upper())
     parser.add_argument("--resume", action="store_true", help="keep the arms that an interrupted run with the same --out and "
                         "settings had finished; the others start again")
+    parser.add_argument("--preset", choices=PRESETS, help="other defaults. paper: its boards, budgets and numbers of "
+                        "steps, with a larger built-in agent; meant for a GPU")
     known, _ = parser.parse_known_args(arguments)
-    parser.set_defaults(**ENV_DEFAULTS.get(known.env, {}))
+    parser.set_defaults(**ENV_DEFAULTS.get(known.env, {}) | PRESETS.get(known.preset, {}))
     values = vars(parser.parse_args(arguments))
-    resume = values.pop("resume")
+    resume, _ = values.pop("resume"), values.pop("preset")
     try:
         settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
         settings.torch_device()

@@ -381,6 +381,15 @@ def test_bad_settings_end_in_one_line_and_exit_code_2(arguments, words, capsys, 
     assert exit.value.code == 2 and error.count("\n") == 1 and error.startswith("train.py: ") and words in error
 
 
+def test_a_preset_changes_defaults_and_the_command_line_overrides_it(tmp_path):
+    where = ["--out", str(tmp_path), "--cache", str(tmp_path)]
+    settings, _ = train.parse(["--preset", "paper", *where])
+    env = settings.make_env()
+    assert (settings.steps, env.max_turns, env.n_walls, env.observation, env.response_limit) == (200, 5, 2, "grid", 400)
+    assert train.parse(["--preset", "paper", "--steps", "7", *where])[0].steps == 7
+    assert train.parse(where)[0].make_env().max_turns == 4
+
+
 def test_every_setting_is_explained(capsys):
     with pytest.raises(SystemExit) as exit:
         train.main(["--help"])
