@@ -376,7 +376,7 @@ def demonstration(env, rng, noise):
 def demonstrations(env, tokenizer, seeds, rng, noise, desc):
     """One demonstrated episode a seed -> Trajectories."""
     chat, transcripts = Chat(tokenizer, env.system_prompt), []
-    for seed in tqdm(seeds, desc=desc, unit="episode", leave=False):
+    for seed in tqdm(seeds, desc=desc, unit="episode", leave=False, disable=None):
         transcript = Transcript(chat, env, seed, max_context=10**9, max_response_tokens=0)
         while transcript.respond(tokenizer(demonstration(env, rng, noise)).input_ids + [tokenizer.eos_token_id]):
             pass
@@ -388,7 +388,7 @@ def imitate(model, data, steps, lr, rng, desc, batch=16, action_weight=8.0):
     """Supervised training on the responses of `data`; learning rate falls linearly to a twentieth."""
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.95))
     by_length = data.lengths.argsort()  # neighbours are of like length, so a batch has little padding
-    bar = tqdm(range(steps), desc=desc, unit="update", leave=False)
+    bar = tqdm(range(steps), desc=desc, unit="update", leave=False, disable=None)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50) * max(0.05, 1 - step / steps)

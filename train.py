@@ -8,21 +8,26 @@ One step: play P boards G times (rollout.py), keep the groups with the largest s
 and the frozen reference, turn returns into advantages and energies into weights (actfocus.py), update on minibatches. An arm
 is one (algorithm, credit, seed); all arms of a seed start from the same agent and see the same boards.
 
-The output directory gets metrics.jsonl (a line for each step of each arm), summary.json and, with matplotlib, curves.png.
+The output directory gets metrics.jsonl (a line for each step of each arm), summary.json and, with matplotlib, curves.png; and a
+checkpoint an arm, from which `--resume` goes on to the same metrics as if nothing had happened.
 """
 
 import argparse
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import inspect
+import io
 import json
+import math
 import os
 import queue
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -107,6 +112,7 @@ class Settings:
     eval_boards: int = setting(64, "fixed boards, never trained on (paper 32)", low=1)
     eval_rollouts: int = setting(4, "trajectories a board (paper 16)", low=1)
     eval_temperature: float = setting(0.5, "of the evaluation rollouts", low=0.01)
+    checkpoint_every: int = setting(10, "steps between checkpoints; also when a run is interrupted", low=1)
     boards: str = setting("evaluation", "which boards are evaluated on; choose settings on 'validation'",
                           choices=("evaluation", "validation"))
     # the built-in agent's warm start
@@ -301,6 +307,10 @@ def token_table(function, batch, size):
     return dict(table)
 
 
+class Diverged(Exception):
+    """Three updates in a row would have put NaN or infinity into the weights."""
+
+
 class Learner:
     """One arm's policy and, under PPO, critic, with their optimisers; `update` is the whole algorithm."""
 
@@ -315,11 +325,27 @@ class Learner:
         self.critic = Critic(policy) if algo == "ppo" else None
         if self.critic:
             self.optimizers.append(torch.optim.Adam(self.critic.parameters(), settings.critic_lr, betas=(0.9, 0.999)))
+        self.bad_updates = 0  # in a row
+        self.micro_batch = settings.micro_batch  # halved when memory runs out
+
+    def state(self):
+        """Everything that an update changes, for a checkpoint."""
+        return {"policy": self.policy.state_dict(), "critic": self.critic.state_dict() if self.critic else None,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "bad_updates": self.bad_updates,
+                "micro_batch": self.micro_batch}
+
+    def restore(self, state):
+        self.policy.load_state_dict(state["policy"])
+        if self.critic:
+            self.critic.load_state_dict(state["critic"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        self.bad_updates, self.micro_batch = state["bad_updates"], state["micro_batch"]
 
     def prepare(self, trajectories, advantages):
         """Everything that stays fixed during the updates of a step -> dict of tensors, [B, T] unless said otherwise.
 
-        advantages[B]: GRPO's, one a trajectory; PPO computes its own from the critic.
+        advantages[B]: GRPO's, one a trajectory; PPO computes its own from the critic. None if a model's numbers are not finite.
         """
         s, device = self.settings, self.policy.device
         batch = {name: getattr(trajectories, name).to(device) for name in ("ids", "response_mask", "action_mask", "lengths")}
@@ -336,7 +362,9 @@ class Learner:
             return table
 
         with s.autocast():
-            batch.update(token_table(fixed, batch, s.micro_batch))
+            batch.update(token_table(fixed, batch, self.micro_batch))
+        if not all(torch.isfinite(x).all() for x in batch.values()):
+            return None
         signal = token_signal(s.signal, **{name: batch[name] for name in
                                            ("old_logprobs", "ref_logprobs", "ref_energy", "ref_entropy")})
         batch["weights"] = credit_weights(self.credit, signal, batch["action_mask"], mask, s)
@@ -368,33 +396,61 @@ class Learner:
             loss = loss + value_loss
         return loss, new.hidden, log
 
+    def minibatch_gradient(self, batch, rows):
+        """Gradients of a minibatch, added up over micro-batches -> sums for the log."""
+        totals = defaultdict(float)
+        weight_sum, tokens = batch["weights"][rows].sum(), batch["response_mask"][rows].sum()
+        for part in micro_batches(batch, rows, self.micro_batch):
+            with self.settings.autocast():
+                loss, hidden, log = self.minibatch_loss(part, weight_sum, tokens)
+            hidden.retain_grad()
+            loss.backward()
+            squares = hidden.grad.float().square().sum(-1)  # [N]
+            log["grad_action"] = squares[part["action_mask"][part["response_mask"]]].sum()
+            log["grad_all"] = squares.sum()
+            for name, value in log.items():
+                totals[name] += float(value)
+        return totals
+
+    def saving_memory(self, function, *arguments):
+        """function(*arguments), again with half the micro-batch for as long as memory runs out: the result is the same."""
+        while True:
+            try:
+                return function(*arguments)
+            except RuntimeError as error:
+                if not out_of_memory(error) or self.micro_batch == 1:
+                    raise
+                self.micro_batch = max(1, self.micro_batch // 2)
+            self.forget_gradients()  # not in the except block: its traceback holds on to what did not fit
+            print(f"train.py: out of memory, going on with micro-batches of {self.micro_batch}", file=sys.stderr)
+
+    def forget_gradients(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
     def update(self, trajectories, advantages, rng):
-        """All minibatch updates of one step -> metrics."""
+        """All minibatch updates of one step -> metrics. An update with a number that is not finite is skipped and counted."""
         s = self.settings
-        batch = self.prepare(trajectories, advantages)
-        totals, updates = defaultdict(float), 0
+        batch = self.saving_memory(self.prepare, trajectories, advantages)
+        totals, updates, skipped = defaultdict(float), 0, 0
         for _ in range(s.epochs):
             order = torch.from_numpy(rng.permutation(len(trajectories))).to(self.policy.device)
             for rows in order.split(s.minibatch):
-                weight_sum, tokens = batch["weights"][rows].sum(), batch["response_mask"][rows].sum()
-                for part in micro_batches(batch, rows, s.micro_batch):
-                    with s.autocast():
-                        loss, hidden, log = self.minibatch_loss(part, weight_sum, tokens)
-                    hidden.retain_grad()
-                    loss.backward()
-                    squares = hidden.grad.float().square().sum(-1)  # [N]
-                    log["grad_action"] = squares[part["action_mask"][part["response_mask"]]].sum()
-                    log["grad_all"] = squares.sum()
-                    for name, value in log.items():
-                        totals[name] += float(value)
-                norms = [nn.utils.clip_grad_norm_(group["params"], s.max_grad_norm)
+                log = self.saving_memory(self.minibatch_gradient, batch, rows) if batch else {"policy_loss": math.nan}
+                norms = [float(nn.utils.clip_grad_norm_(group["params"], s.max_grad_norm))
                          for optimizer in self.optimizers for group in optimizer.param_groups]
-                totals["grad_norm"] += float(norms[0])
-                for optimizer in self.optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                updates += 1
-        return self.metrics(batch, totals, updates)
+                if all(map(math.isfinite, [*norms, *log.values()])):
+                    for optimizer in self.optimizers:
+                        optimizer.step()
+                    for name, value in (log | {"grad_norm": norms[0]}).items():
+                        totals[name] += value
+                    updates, self.bad_updates = updates + 1, 0
+                else:
+                    skipped, self.bad_updates = skipped + 1, self.bad_updates + 1
+                self.forget_gradients()
+                if self.bad_updates == 3:
+                    raise Diverged("three updates in a row had a loss or gradient that is not finite")
+        return (self.metrics(batch, totals, updates) if updates else {"updates": 0}) | {"skipped_updates": skipped}
 
     def metrics(self, batch, totals, updates):
         mask, action = batch["response_mask"], batch["action_mask"]
@@ -414,10 +470,51 @@ class Learner:
         return out
 
 
+def out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # a CPU's has no class of its own
+
+
 def last_response(mask):
     """1.0 on the last True of each row of mask[B, T]."""
     remaining = mask.flip(1).cumsum(1).flip(1)  # [B, T]: True entries from here on
     return (mask & (remaining == 1)).float()
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+CHECKPOINT = b"actfocus checkpoint 1 "  # then the SHA-256 of the rest, a newline, and what torch.save wrote
+
+
+def checkpoint_path(settings, algo, credit, seed):
+    return Path(settings.out) / "checkpoints" / f"{algo}-{credit}-{seed}.pt"
+
+
+def save_checkpoint(path, state):
+    """Replace the checkpoint at `path`, all or nothing; the one before stays beside it as `.previous`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(CHECKPOINT + hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes the place of the last one
+    if path.exists():
+        os.replace(path, path.with_name(path.name + ".previous"))
+    os.replace(partial, path)
+
+
+def load_checkpoint(path, device):
+    """The newest whole checkpoint, or None; a damaged one is named on stderr. Nothing in the file is executed."""
+    for candidate in (path, path.with_name(path.name + ".previous")):
+        if not candidate.exists():
+            continue
+        head, _, data = candidate.read_bytes().partition(b"\n")
+        if head == CHECKPOINT + hashlib.sha256(data).hexdigest().encode():
+            return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        print(f"train.py: {candidate} is damaged or of another version, so it is not used", file=sys.stderr)
+    return None
 
 
 # The comparison -------------------------------------------------------------------------------------------------------
@@ -440,8 +537,12 @@ def describe(trajectories):
             name: values.mean().item() for name, values in trajectories.outcome.items()}
 
 
-def train_arm(settings, base, algo, credit, seed, report):
-    """Train one arm from the agent in directory `base`; report(line) gets the metrics of each step, 0 = before training."""
+def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lambda: False):
+    """Train one arm from the agent in directory `base`; report(line) gets the metrics of each step, 0 = before training.
+
+    resume: go on from the arm's checkpoint, if there is one; its lines are reported again. stop(): whether to write a
+    checkpoint now and return.
+    """
     s, device = settings, settings.torch_device()
     torch.manual_seed(seed)
     policy, tokenizer = load_agent(base, device)
@@ -454,7 +555,16 @@ def train_arm(settings, base, algo, credit, seed, report):
     envs = [copy.deepcopy(env) for _ in range(max(s.prompts * s.rollouts, s.eval_boards * s.eval_rollouts))]
     rng = np.random.default_rng(seed)  # boards and minibatches
     generator = torch.Generator(device).manual_seed(seed)  # tokens
-    for step in range(s.steps + 1):
+    lines, path = [], checkpoint_path(s, algo, credit, seed)
+    if resume and (saved := load_checkpoint(path, device)):
+        learner.restore(saved["learner"])
+        rng.bit_generator.state = json.loads(saved["rng"])
+        generator.set_state(saved["generator"].cpu())
+        torch.set_rng_state(saved["torch_rng"].cpu())
+        lines = json.loads(saved["lines"])
+        for line in lines:
+            report(line)
+    for step in range(len(lines), s.steps + 1):
         started, line = time.perf_counter(), {"algo": algo, "credit": credit, "seed": seed, "step": step}
         if step:
             seeds = np.repeat(draw_seeds(env, rng, s.prompts, held_out), s.rollouts).tolist()
@@ -466,7 +576,11 @@ def train_arm(settings, base, algo, credit, seed, report):
             line |= describe(trajectories) | {"zero_spread_groups": s.prompts - len(spread), "kept_groups": len(kept)}
             if len(spread) or (algo == "ppo" and len(kept)):
                 rows = (kept[:, None] * s.rollouts + torch.arange(s.rollouts)).flatten()
-                line |= learner.update(trajectories.select(rows), group_advantages(returns)[kept].flatten(), rng)
+                try:
+                    line |= learner.update(trajectories.select(rows), group_advantages(returns)[kept].flatten(), rng)
+                except Diverged as error:
+                    good = f"the last good checkpoint is {path}" if path.exists() else "there was no checkpoint yet"
+                    raise Diverged(f"{algo} {credit} seed {seed}, step {step}: {error}; {good}") from None
             else:  # nothing to learn from: every group got one return
                 line |= {"updates": 0}
             line |= {"tokens_per_second": trajectories.response_mask.sum().item() / rollout_seconds,
@@ -476,7 +590,15 @@ def train_arm(settings, base, algo, credit, seed, report):
             # The same luck at every evaluation: differences are the policy's.
             played = play(policy, tokenizer, envs, seeds, s, s.eval_temperature, torch.Generator(device).manual_seed(0))
             line |= {f"eval_{name}": value for name, value in describe(played).items()}
+        lines.append(line)
+        stopping = stop()
+        if step and step % s.checkpoint_every == 0 or step == s.steps or stopping:
+            save_checkpoint(path, {"learner": learner.state(), "rng": json.dumps(rng.bit_generator.state),
+                                   "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
+                                   "lines": json.dumps(lines)})
         report(line)
+        if stopping:
+            return
 
 
 def arm_of(line):
@@ -487,45 +609,90 @@ def summarise(lines):
     """The lines of one arm -> its entry in summary.json."""
     evaluations = [(line["step"], line["eval_success"]) for line in lines if "eval_success" in line]
     eval_steps, eval_success = map(list, zip(*evaluations))
+    collapsed = collapse([(line["step"], line["eval_format_valid"]) for line in lines if "eval_success" in line])
     return dict(zip(("algo", "credit", "seed"), arm_of(lines[0]))) | {
         "eval_steps": eval_steps, "eval_success": eval_success, "final_success": eval_success[-1],
-        "peak_success": max(eval_success)}
+        "peak_success": max(eval_success), "collapsed_at": collapsed,
+        "skipped_updates": sum(line.get("skipped_updates", 0) for line in lines)}
 
 
-def _worker(settings, base, todo, lines, threads):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends this one
+def collapse(evaluations):
+    """[(step, format-valid rate)] -> the step of the third evaluation in a row under 10 %, or None."""
+    in_a_row = 0
+    for step, valid in evaluations:
+        in_a_row = in_a_row + 1 if valid < 0.1 else 0
+        if in_a_row == 3:
+            return step
+    return None
+
+
+def _worker(settings, base, todo, lines, threads, resume, stop):
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches all processes of a terminal; the parent ends this one
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    while (arm := todo.get()) is not None:
-        train_arm(settings, base, *arm, report=lines.put)
+    try:
+        while (arm := todo.get()) is not None and not stop.is_set():
+            train_arm(settings, base, *arm, report=lines.put, resume=resume, stop=stop.is_set)
+    except (Diverged, OSError) as error:
+        lines.put(error)
 
 
-def train_arms(settings, base, arms, report):
-    """Train arms side by side, a process each: a small model cannot keep several cores busy, several arms can."""
+def _die_with_parent():
+    """A parent that was killed cannot end its children; one that trains on would overwrite the resumed run's checkpoints."""
+    torch.multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def train_arms(settings, base, arms, report, resume=False):
+    """Train arms side by side, a process each: a small model cannot keep several cores busy, several arms can.
+
+    -> the signal that stopped it early, after a checkpoint of each arm, or None.
+    """
     cores = os.cpu_count() or 1
     jobs = min(settings.jobs or (1 if settings.torch_device().type == "cuda" else cores), len(arms))
-    if jobs <= 1:
-        for arm in arms:
-            train_arm(settings, base, *arm, report=report)
-        return
     context = torch.multiprocessing.get_context("spawn")
-    todo, lines = context.Queue(), context.Queue()
-    for arm in [*arms, *[None] * jobs]:
-        todo.put(arm)
-    workers = [context.Process(target=_worker, args=(settings, base, todo, lines, max(1, cores // jobs)), daemon=True)
-               for _ in range(jobs)]
+    stop, received = context.Event(), []
+
+    def finish_the_update(number, _):
+        print("\nfinishing this update; a second signal stops at once", file=sys.stderr)
+        received.append(number)
+        stop.set()
+        for other, default in before.items():
+            signal.signal(other, default)
+
+    before = {number: signal.signal(number, finish_the_update) for number in (signal.SIGINT, signal.SIGTERM)}
+    todo, lines, workers = context.Queue(), context.Queue(), []
     try:
+        if jobs <= 1:
+            for arm in arms:
+                if not stop.is_set():
+                    train_arm(settings, base, *arm, report=report, resume=resume, stop=stop.is_set)
+            return received[0] if received else None
+        for arm in [*arms, *[None] * jobs]:
+            todo.put(arm)
+        arguments = (settings, base, todo, lines, max(1, cores // jobs), resume, stop)
+        workers += [context.Process(target=_worker, args=arguments, daemon=True) for _ in range(jobs)]
         for worker in workers:
             worker.start()
         missing = len(arms) * (settings.steps + 1)
         while missing:
             try:
-                report(lines.get(timeout=0.5))
+                line = lines.get(timeout=0.5)
+                if isinstance(line, Exception):
+                    raise line
+                report(line)
                 missing -= 1
             except queue.Empty:
-                for worker in workers:
-                    if worker.exitcode:
-                        sys.exit(f"train.py: a training process ended with exit code {worker.exitcode}")
+                if any(worker.exitcode for worker in workers):
+                    codes = [worker.exitcode for worker in workers if worker.exitcode]
+                    sys.exit(f"train.py: a training process ended with exit code {codes[0]}")
+                if received and not any(worker.is_alive() for worker in workers) and lines.empty():
+                    return received[0]
+        return None
     finally:
+        for number, default in before.items():
+            signal.signal(number, default)
         for worker in workers:
             if worker.pid:
                 worker.terminate()
@@ -596,7 +763,10 @@ def plot(summary, path):
 
 
 def finished_arms(settings):
-    """Lines of the arms that an interrupted run in settings.out had finished; ValueError if its settings were others."""
+    """Lines of the arms that an interrupted run in settings.out had finished; ValueError if its settings were others.
+
+    The other arms go on from their checkpoints, which hold their lines.
+    """
     out = Path(settings.out)
     if not (out / "settings.json").exists():
         return []
@@ -606,17 +776,32 @@ def finished_arms(settings):
     if changed:
         raise ValueError(f"resume: {settings.out} was begun with another {', '.join(changed)}")
     arms = defaultdict(list)
-    for text in (out / "metrics.jsonl").read_text().splitlines():
+    for text in (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []:
         try:
             arms[arm_of(line := json.loads(text))].append(line)
         except json.JSONDecodeError:  # the line that was being written when the run died
             pass
-    return [line for lines in arms.values() if lines[-1]["step"] == settings.steps for line in lines]
+    return [line for lines in arms.values() if len(lines) == settings.steps + 1 for line in lines]
 
 
-def compare(settings, finished=()):
-    """Run all arms but those whose lines are in `finished`, and write the output directory -> summary."""
-    out, started, lines = Path(settings.out), time.perf_counter(), list(finished)
+def only_run(directory):
+    """A lock on the output directory that lasts as long as the process; ValueError if another run holds it."""
+    lock = open(directory / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"out: another run is writing to {directory}") from None
+    return lock
+
+
+def compare(settings, finished=None):
+    """Run all arms but those whose lines are in `finished`, and write the output directory -> summary.
+
+    finished: from `finished_arms`, to go on with an interrupted run; None begins anew. -> None if a signal stopped the run.
+    """
+    out, started, lines, resume = Path(settings.out), time.perf_counter(), list(finished or ()), finished is not None
+    if not resume:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     write(out / "settings.json", json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     base = taught_agent(settings) if settings.model == "tiny" else settings.model
@@ -625,6 +810,7 @@ def compare(settings, finished=()):
     ceiling = environments.mean_ceiling(env, settings.evaluation_seeds())
     arms = [(algo, credit, seed) for seed in settings.seeds for algo in settings.algos for credit in settings.credits]
     missing = [arm for arm in arms if arm not in set(map(arm_of, lines))]
+    evaluations = defaultdict(list)
     shown = {"success": "success", "valid": "format_valid", **{name: name for name in env.outcome()}}.items()
     with tqdm(total=len(missing) * (settings.steps + 1), desc=f"{len(missing)} arms", unit="step", smoothing=0.05) as bar, \
             open(out / "metrics.jsonl", "a") as file:
@@ -633,10 +819,17 @@ def compare(settings, finished=()):
             file.write(json.dumps(line) + "\n")
             file.flush()
             if "eval_success" in line:
+                evaluations[arm_of(line)].append((line["step"], line["eval_format_valid"]))
+                if collapse(evaluations[arm_of(line)]) == line["step"]:
+                    bar.write(f"warning: {' '.join(map(str, arm_of(line)))} has collapsed: under 10 % of its responses were "
+                              "valid in three evaluations", file=sys.stderr)
                 bar.write(f"{line['algo']:<4} {line['credit']:<8} seed {line['seed']}  step {line['step']:>3}  "
                           + "  ".join(f"{name} {100 * line['eval_' + key]:5.1f} %" for name, key in shown))
             bar.update()
-        train_arms(settings, base, missing, report)
+        stopped = train_arms(settings, base, missing, report, resume)
+    if stopped:
+        print(f"interrupted: the same command with --resume goes on from {out}", file=sys.stderr)
+        sys.exit(128 + stopped)
     # Arms that ran side by side have mixed their lines; in the end an arm's lines stand together.
     lines.sort(key=lambda line: (arms.index(arm_of(line)), line["step"]))
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -653,7 +846,10 @@ def compare(settings, finished=()):
 def write(path, text):
     """Replace a file at once, so that a reader never sees half of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
@@ -666,7 +862,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(arguments):
-    """Command line -> (Settings, lines of finished arms); anything wrong with it ends in one line on stderr and exit code 2."""
+    """Command line -> (Settings, lines of finished arms, lock on the output directory, to be held).
+
+    Anything wrong with it ends in one line on stderr and exit code 2.
+    """
     parser = OneLineParser("train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in dataclasses.fields(Settings):
@@ -680,8 +879,7 @@ def parse(arguments):
         text = f.metadata["help"].replace("%", "%%") + (f" ({', '.join(choices)})" if choices else "")
         parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=text,
                             nargs="+" if many else None, metavar=f.name.split("_")[-1].upper())
-    parser.add_argument("--resume", action="store_true", help="keep the arms that an interrupted run with the same --out and "
-                        "settings had finished; the others start again")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same --out and settings")
     parser.add_argument("--preset", choices=PRESETS, help="other defaults. paper: its boards, budgets and numbers of "
                         "steps, with a larger built-in agent; meant for a GPU")
     known, _ = parser.parse_known_args(arguments)
@@ -696,10 +894,11 @@ def parse(arguments):
         for directory in (settings.out, settings.cache):
             Path(directory).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
-        finished = finished_arms(settings) if resume else []
+        lock = only_run(Path(settings.out))
+        finished = finished_arms(settings) if resume else None
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
-    return settings, finished
+    return settings, finished, lock
 
 
 def check_model(name):
@@ -714,14 +913,14 @@ def check_model(name):
 
 
 def main(arguments=None):
-    settings, finished = parse(arguments)
+    settings, finished, _lock = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the training processes too
     try:
         compare(settings, finished)
     except KeyboardInterrupt:
-        print(f"\ninterrupted: the same command with --resume keeps the arms finished in {settings.out}", file=sys.stderr)
+        print(f"\ninterrupted: the same command with --resume goes on from {settings.out}", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:  # a full disk, a directory that went away
+    except (Diverged, OSError) as error:  # numbers gone bad; a full disk, a directory that went away
         sys.exit(f"train.py: {error}")
 
 

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,23 @@ def test_actfocus_moves_the_gradient_to_action_tokens(agent):
     assert uniform["weight_share_action"] == pytest.approx(share.item())
     assert focused["weight_share_action"] > 2 * uniform["weight_share_action"]
     assert focused["grad_share_action"] > uniform["grad_share_action"]
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_actfocus_costs_what_uniform_credit_costs(agent, algo):
+    """Updates on one batch, in turn; `pytest -s -k costs` prints the medians. The bound leaves room for a busy machine."""
+    data = trajectories_of(agent, RETURNS * 6)
+    advantages = train.group_advantages(data.returns.view(6, 6)).flatten()
+    seconds = {"uniform": [], "actfocus": []}
+    for turn in range(15):
+        for credit in sorted(seconds, reverse=turn % 2):
+            made = learner(agent, algo, credit)
+            started = time.perf_counter()
+            made.update(data, advantages, np.random.default_rng(0))
+            seconds[credit].append(time.perf_counter() - started)
+    medians = {credit: statistics.median(values[1:]) for credit, values in seconds.items()}
+    print(algo, medians, "ratio", medians["actfocus"] / medians["uniform"])
+    assert medians["actfocus"] < 1.15 * medians["uniform"]
 
 
 def test_rewarded_actions_become_likelier(agent):
