@@ -236,6 +236,8 @@ def sample_turn(decoder, prompts, stop_ids, pad_id, temperature, max_tokens, gen
     tokens, logprobs, counts = [], [], torch.zeros(len(prompts), dtype=torch.long, device=logits.device)
     for step in range(max_tokens):
         all_logprobs = torch.log_softmax(logits / temperature, -1)  # [rows, V]
+        if torch.isnan(all_logprobs).any():  # multinomial would fail too, on a GPU for good
+            raise FloatingPointError("the model's logits are not finite")
         token = torch.multinomial(all_logprobs.exp(), 1, generator=generator)  # [rows, 1]
         tokens.append(token)
         logprobs.append(all_logprobs.gather(1, token))
@@ -256,7 +258,7 @@ def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, 
     seeds[i]: equal seeds give the G rollouts of a group the same instance. temperature > 0, for sampling and for `logprobs`;
     the distribution is not truncated (no top-k, no top-p), so the log-probs are the policy's. max_response_tokens: a longer
     response is cut, and lacks its end-of-turn token. generator: torch.Generator on the model's device. max_context: an episode
-    ends where the next turn might not fit; the model's own limit by default.
+    ends where the next turn might not fit; the model's own limit by default. FloatingPointError: logits that are not finite.
     """
     if len(envs) != len(seeds) or not envs:
         raise ValueError(f"need one seed an environment and at least one, got {len(envs)} and {len(seeds)}")

@@ -308,7 +308,7 @@ def token_table(function, batch, size):
 
 
 class Diverged(Exception):
-    """Three updates in a row would have put NaN or infinity into the weights."""
+    """An arm that cannot go on: three updates in a row with NaN or infinity, or a policy that cannot be sampled from."""
 
 
 class Learner:
@@ -380,6 +380,8 @@ class Learner:
         """A micro-batch's share of the minibatch's loss -> (loss, hidden states, sums for the log)."""
         s, mask = self.settings, part["response_mask"]
         new = score(self.policy, part["ids"], mask, s.temperature)
+        if not torch.isfinite(new.logprobs).all():
+            raise FloatingPointError("the policy's log-probs are not finite")
         loss, stats = weighted_policy_loss(new.logprobs, part["old_logprobs"], part["advantages"], part["weights"],
                                            clip_low=s.clip_low, clip_high=s.clip_high, weight_sum=weight_sum)
         n = (part["weights"] > 0).sum()
@@ -436,7 +438,10 @@ class Learner:
         for _ in range(s.epochs):
             order = torch.from_numpy(rng.permutation(len(trajectories))).to(self.policy.device)
             for rows in order.split(s.minibatch):
-                log = self.saving_memory(self.minibatch_gradient, batch, rows) if batch else {"policy_loss": math.nan}
+                try:
+                    log = self.saving_memory(self.minibatch_gradient, batch, rows) if batch else {"policy_loss": math.nan}
+                except FloatingPointError:
+                    log = {"policy_loss": math.nan}
                 norms = [float(nn.utils.clip_grad_norm_(group["params"], s.max_grad_norm))
                          for optimizer in self.optimizers for group in optimizer.param_groups]
                 if all(map(math.isfinite, [*norms, *log.values()])):
@@ -541,7 +546,7 @@ def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lam
     """Train one arm from the agent in directory `base`; report(line) gets the metrics of each step, 0 = before training.
 
     resume: go on from the arm's checkpoint, if there is one; its lines are reported again. stop(): whether to write a
-    checkpoint now and return.
+    checkpoint now and return. Diverged: the arm cannot go on; says which, where, and what is left.
     """
     s, device = settings, settings.torch_device()
     torch.manual_seed(seed)
@@ -564,32 +569,39 @@ def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lam
         lines = json.loads(saved["lines"])
         for line in lines:
             report(line)
+
+    def learn():
+        """Play, and learn from it -> metrics."""
+        started = time.perf_counter()
+        seeds = np.repeat(draw_seeds(env, rng, s.prompts, held_out), s.rollouts).tolist()
+        trajectories = play(policy, tokenizer, envs, seeds, s, s.temperature, generator)
+        rollout_seconds = time.perf_counter() - started
+        returns = trajectories.returns.view(s.prompts, s.rollouts)  # [P, G]
+        spread = variance_filter(returns, keep=1)
+        kept = variance_filter(returns, keep=s.keep) if s.keep < 1 else torch.arange(s.prompts)
+        line = describe(trajectories) | {"zero_spread_groups": s.prompts - len(spread), "kept_groups": len(kept)}
+        if len(spread) or (algo == "ppo" and len(kept)):
+            rows = (kept[:, None] * s.rollouts + torch.arange(s.rollouts)).flatten()
+            line |= learner.update(trajectories.select(rows), group_advantages(returns)[kept].flatten(), rng)
+        else:  # nothing to learn from: every group got one return
+            line |= {"updates": 0}
+        return line | {"tokens_per_second": trajectories.response_mask.sum().item() / rollout_seconds,
+                       "rollout_seconds": rollout_seconds, "seconds": time.perf_counter() - started}
+
+    def evaluate():
+        seeds = np.repeat(s.evaluation_seeds(), s.eval_rollouts).tolist()
+        # The same luck at every evaluation: differences are the policy's.
+        played = play(policy, tokenizer, envs, seeds, s, s.eval_temperature, torch.Generator(device).manual_seed(0))
+        return {f"eval_{name}": value for name, value in describe(played).items()}
+
     for step in range(len(lines), s.steps + 1):
-        started, line = time.perf_counter(), {"algo": algo, "credit": credit, "seed": seed, "step": step}
-        if step:
-            seeds = np.repeat(draw_seeds(env, rng, s.prompts, held_out), s.rollouts).tolist()
-            trajectories = play(policy, tokenizer, envs, seeds, s, s.temperature, generator)
-            rollout_seconds = time.perf_counter() - started
-            returns = trajectories.returns.view(s.prompts, s.rollouts)  # [P, G]
-            spread = variance_filter(returns, keep=1)
-            kept = variance_filter(returns, keep=s.keep) if s.keep < 1 else torch.arange(s.prompts)
-            line |= describe(trajectories) | {"zero_spread_groups": s.prompts - len(spread), "kept_groups": len(kept)}
-            if len(spread) or (algo == "ppo" and len(kept)):
-                rows = (kept[:, None] * s.rollouts + torch.arange(s.rollouts)).flatten()
-                try:
-                    line |= learner.update(trajectories.select(rows), group_advantages(returns)[kept].flatten(), rng)
-                except Diverged as error:
-                    good = f"the last good checkpoint is {path}" if path.exists() else "there was no checkpoint yet"
-                    raise Diverged(f"{algo} {credit} seed {seed}, step {step}: {error}; {good}") from None
-            else:  # nothing to learn from: every group got one return
-                line |= {"updates": 0}
-            line |= {"tokens_per_second": trajectories.response_mask.sum().item() / rollout_seconds,
-                     "rollout_seconds": rollout_seconds, "seconds": time.perf_counter() - started}
-        if step % s.eval_every == 0 or step == s.steps:
-            seeds = np.repeat(s.evaluation_seeds(), s.eval_rollouts).tolist()
-            # The same luck at every evaluation: differences are the policy's.
-            played = play(policy, tokenizer, envs, seeds, s, s.eval_temperature, torch.Generator(device).manual_seed(0))
-            line |= {f"eval_{name}": value for name, value in describe(played).items()}
+        line = {"algo": algo, "credit": credit, "seed": seed, "step": step}
+        try:
+            line |= learn() if step else {}
+            line |= evaluate() if step % s.eval_every == 0 or step == s.steps else {}
+        except (Diverged, FloatingPointError) as error:
+            left = f"the last checkpoint is {path}" if path.exists() else "there was no checkpoint yet"
+            raise Diverged(f"{algo} {credit} seed {seed}, step {step}: {error}; {left}") from None
         lines.append(line)
         stopping = stop()
         if step and step % s.checkpoint_every == 0 or step == s.steps or stopping:

@@ -1,6 +1,7 @@
 """A run that is killed, starved or misled: what it loses (nothing) and what it says."""
 
 import copy
+import itertools
 import json
 import math
 import multiprocessing
@@ -82,6 +83,35 @@ def test_a_run_killed_at_random_moments_writes_the_same_metrics(cache, tmp_path)
             resume = ["--resume"]
         assert metrics(out) == metrics(whole), f"after {kills} kills"
         run += 1
+
+
+def run_until_write(command, call, count):
+    """train.main that kills itself in the middle of its count-th call of os.fsync or os.replace."""
+    calls, original = itertools.count(1), getattr(os, call)
+
+    def deadly(*arguments):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+    setattr(os, call, deadly)
+    train.main(command)
+
+
+@pytest.mark.parametrize("call, counts", [("fsync", (2, 4, 7)), ("replace", (3, 5, 8))])
+def test_a_kill_in_the_middle_of_a_write_loses_nothing(cache, tmp_path, call, counts):
+    path, whole = cache
+    context = multiprocessing.get_context("forkserver")
+    for count in counts:
+        out = tmp_path / str(count)
+        command = ["--cache", str(path), "--out", str(out), *TINY, "--jobs", "1"]
+        process = context.Process(target=run_until_write, args=(command, call, count))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        process = context.Process(target=train.main, args=([*command, "--resume"],))
+        process.start()
+        process.join()
+        assert process.exitcode == 0 and metrics(out) == metrics(whole), (call, count)
 
 
 def test_a_killed_run_takes_its_training_processes_along(cache, tmp_path):
@@ -250,6 +280,15 @@ def test_a_model_with_bad_numbers_changes_no_weight(agent, where):
     metrics = made.update(trajectories_of(agent, RETURNS), torch.tensor(RETURNS), np.random.default_rng(0))
     assert metrics == {"updates": 0, "skipped_updates": 1}
     assert all(torch.equal(before[name], x) for name, x in watched.state_dict().items())
+
+
+def test_a_policy_that_cannot_be_sampled_from_stops_its_arm_in_one_line(cache, tmp_path):
+    """A learning rate that blows the weights up without making one of them infinite."""
+    process = start(cache[0], tmp_path, "--lr", "1e30", "--credits", "uniform")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in error
+    last = error.splitlines()[-1]
+    assert last.startswith("train.py: ppo uniform seed 0, step ") and "checkpoint" in last
 
 
 def test_collapse_is_three_evaluations_in_a_row():
