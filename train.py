@@ -52,7 +52,7 @@ TINY_BOARDS = {"sokoban": {"walls": 0, "min_moves": 2, "max_moves": 6, "max_turn
                            "observation": "coordinates"},
                "shop": {"products": 60, "page": 3}}
 # Defaults that differ by environment and by --preset; the command line overrides both.
-ENV_DEFAULTS = {}
+ENV_DEFAULTS = {"sudoku": {"max_response_tokens": 140}}  # its facts name every row, column and box
 PRESETS = {"paper": {"paper_boards": True, "steps": 200, "max_response_tokens": 400, "eval_boards": 32, "eval_rollouts": 16,
                      "width": 128, "layers": 4, "warm_steps": 6000, "warm_episodes": 12000}}
 CREDITS = {"uniform": lambda settings: {"alpha": 1.0, "beta": 0.0},

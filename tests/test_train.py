@@ -407,6 +407,8 @@ def test_a_preset_changes_defaults_and_the_command_line_overrides_it(tmp_path):
     assert (settings.steps, env.max_turns, env.n_walls, env.observation, env.response_limit) == (200, 5, 2, "grid", 400)
     assert train.parse(["--preset", "paper", "--steps", "7", *where])[0].steps == 7
     assert train.parse(where)[0].make_env().max_turns == 4
+    assert train.parse(["--env", "sudoku", *where])[0].max_response_tokens == 140
+    assert train.parse(["--env", "sudoku", "--max-response-tokens", "9", *where])[0].max_response_tokens == 9
 
 
 def test_every_setting_is_explained(capsys):
