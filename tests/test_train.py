@@ -402,7 +402,7 @@ def test_bad_settings_end_in_one_line_and_exit_code_2(arguments, words, capsys, 
 
 def test_a_preset_changes_defaults_and_the_command_line_overrides_it(tmp_path):
     where = ["--out", str(tmp_path), "--cache", str(tmp_path)]
-    settings, _ = train.parse(["--preset", "paper", *where])
+    settings = train.parse(["--preset", "paper", *where])[0]
     env = settings.make_env()
     assert (settings.steps, env.max_turns, env.n_walls, env.observation, env.response_limit) == (200, 5, 2, "grid", 400)
     assert train.parse(["--preset", "paper", "--steps", "7", *where])[0].steps == 7
