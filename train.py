@@ -15,7 +15,6 @@ checkpoint an arm, from which `--resume` goes on to the same metrics as if nothi
 import argparse
 import copy
 import dataclasses
-import fcntl
 import hashlib
 import inspect
 import io
@@ -44,6 +43,11 @@ import kernels
 import rollout as sampling
 from actfocus import SIGNALS, gae, group_advantages, token_signal, token_weights, variance_filter, weighted_policy_loss
 from rollout import load_agent, score
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one directory are not told apart there
+    fcntl = None
 
 transformers.utils.logging.disable_progress_bar()  # a bar for every loaded file would drown ours
 HERE = Path(__file__).resolve().parent
@@ -639,8 +643,8 @@ def collapse(evaluations):
 
 
 def _worker(settings, base, todo, lines, threads, resume, stop):
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches all processes of a terminal; the parent ends this one
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole process group: the parent says when to stop
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
@@ -707,7 +711,7 @@ def train_arms(settings, base, arms, report, resume=False):
             signal.signal(number, default)
         for worker in workers:
             if worker.pid:
-                worker.terminate()
+                worker.kill()  # checkpoints are whole at any moment
 
 
 def by_algo_and_credit(summary):
@@ -800,7 +804,8 @@ def only_run(directory):
     """A lock on the output directory that lasts as long as the process; ValueError if another run holds it."""
     lock = open(directory / "lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(f"out: another run is writing to {directory}") from None
     return lock

@@ -40,7 +40,7 @@ def cache(tmp_path_factory):
 def start(cache, out, *arguments):
     command = [sys.executable, "train.py", "--cache", cache, "--out", out, *TINY, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def metrics(out):
@@ -128,12 +128,14 @@ def test_a_killed_run_takes_its_training_processes_along(cache, tmp_path):
     assert metrics(tmp_path) == metrics(whole)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_update_and_says_how_to_go_on(cache, tmp_path, number, code):
+@pytest.mark.parametrize("number, code, group", [
+    (signal.SIGINT, 130, True), (signal.SIGTERM, 143, True), (signal.SIGTERM, 143, False)])
+def test_a_signal_finishes_the_update_and_says_how_to_go_on(cache, tmp_path, number, code, group):
+    """Sent to the run alone, or to all its processes, as a terminal and a batch system do."""
     path, whole = cache
     process = start(path, tmp_path)
     wait_for(tmp_path, 3, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number) if group else process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code and "--resume" in error and "Traceback" not in error
     assert list((tmp_path / "checkpoints").glob("*.pt"))
