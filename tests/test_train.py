@@ -300,7 +300,7 @@ def test_an_interrupted_run_keeps_its_finished_arms(cache, two_runs, tmp_path):
 
 
 def test_the_taught_agent_is_cached_by_what_shaped_it(cache, two_runs):
-    small, _ = train.parse(["--cache", str(cache), *SMALL])
+    small = train.parse(["--cache", str(cache), *SMALL])[0]
     kept = [path for path in cache.iterdir() if "sokoban" in path.name]
     assert len(kept) == 1
     model, tokenizer = load_agent(str(kept[0]), "cpu")
