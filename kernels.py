@@ -308,14 +308,20 @@ def _errors(leaves, targets, advantages):
     return [((x.grad - d.grad).abs().max() / d.grad.abs().max()).item() for x, d in zip(leaves, doubles)]
 
 
+def positive(text):
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
 def main():
     parser = argparse.ArgumentParser(description="Time, memory and gradient error of -mean(advantages * logprob), forward and "
                                      "backward, beside other implementations where those are installed.")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="default: 512 2048")
-    parser.add_argument("--hidden", type=int, default=896, help="default: 896, as Qwen2.5-0.5B")
-    parser.add_argument("--vocabulary", type=int, default=151936, help="default: 151936, as Qwen2.5")
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[512, 2048], help="default: 512 2048")
+    parser.add_argument("--hidden", type=positive, default=896, help="default: 896, as Qwen2.5-0.5B")
+    parser.add_argument("--vocabulary", type=positive, default=151936, help="default: 151936, as Qwen2.5")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
-    parser.add_argument("--rounds", type=int, default=5, help="measured runs of each method, in turn (default: 5)")
+    parser.add_argument("--rounds", type=positive, default=5, help="measured runs of each method, in turn (default: 5)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=", ".join(METHODS))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

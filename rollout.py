@@ -468,13 +468,19 @@ def rollout_by_generate(model, tokenizer, envs, *, seeds, temperature, max_respo
     return generated
 
 
+def positive(text):
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
 def main():
     parser = argparse.ArgumentParser(description="Tokens per second of rollout() and of model.generate on the re-encoded "
                                      "conversation: the built-in agent, untrained, on Sokoban; medians of alternating runs.")
-    parser.add_argument("--batch", type=int, default=128, help="episodes played side by side (default: 128)")
-    parser.add_argument("--turns", type=int, nargs="+", default=[2, 4, 8], help="turns an episode (default: 2 4 8)")
-    parser.add_argument("--tokens", type=int, default=60, help="longest response (default: 60)")
-    parser.add_argument("--rounds", type=int, default=3, help="measured runs of each (default: 3)")
+    parser.add_argument("--batch", type=positive, default=128, help="episodes played side by side (default: 128)")
+    parser.add_argument("--turns", type=positive, nargs="+", default=[2, 4, 8], help="turns an episode (default: 2 4 8)")
+    parser.add_argument("--tokens", type=positive, default=60, help="longest response (default: 60)")
+    parser.add_argument("--rounds", type=positive, default=3, help="measured runs of each (default: 3)")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {options.batch} episodes, responses of at "
