@@ -648,7 +648,7 @@ class Shop(Env):
         for _ in range(10_000):
             self.target = self.products[self.rng.integers(len(self.products))]
             self.wanted = tuple(str(word) for word in self.rng.choice(self.target.attributes, size=2, replace=False))
-            self.chosen_options = {name: str(self.rng.choice(values)) for name, values in self.target.options.items()}
+            self.wanted_options = {name: str(self.rng.choice(values)) for name, values in self.target.options.items()}
             self.limit = self.target.price + int(self.rng.integers(1, 20))
             self.results, self.first, self.product, self.chosen, self.bought = None, 0, None, {}, None
             plan = self.oracle()
@@ -710,13 +710,13 @@ class Shop(Env):
         same_department = product.department == self.target.department
         kind = 1.0 if product.category == self.target.category else 0.5 if same_department else 0.0
         found = len(set(self.wanted) & set(product.attributes)) + (product.price <= self.limit)
-        found += sum(chosen.get(name) == value for name, value in self.chosen_options.items())
-        return kind * found / (len(self.wanted) + len(self.chosen_options) + 1)
+        found += sum(chosen.get(name) == value for name, value in self.wanted_options.items())
+        return kind * found / (len(self.wanted) + len(self.wanted_options) + 1)
 
     def _perfect(self, product):
         """Whether a product can be bought for a score of 1."""
-        offered = all(value in product.options[name] for name, value in self.chosen_options.items())
-        return offered and self.score(product, self.chosen_options) == 1
+        offered = all(value in product.options[name] for name, value in self.wanted_options.items())
+        return offered and self.score(product, self.wanted_options) == 1
 
     def solved(self):
         return self.bought is not None and self.score(self.bought, self.chosen) == 1
@@ -737,7 +737,7 @@ class Shop(Env):
         """The shortest way to a score of 1 that searches for nothing but the instruction's own words; None if there is none."""
         if self.bought is not None:
             return [] if self.solved() else None
-        choose = lambda chosen: [f"click[{v}]" for name, v in self.chosen_options.items() if chosen.get(name) != v]
+        choose = lambda chosen: [f"click[{v}]" for name, v in self.wanted_options.items() if chosen.get(name) != v]
         if self.product is not None and self._perfect(self.product):
             return [*choose(self.chosen), "click[buy now]"]
         plans = []
@@ -757,7 +757,7 @@ class Shop(Env):
     action_help = "search[words] on the search page, click[thing] on any other"
 
     def render(self):
-        options = " and ".join(f"{name} {value}" for name, value in self.chosen_options.items())
+        options = " and ".join(f"{name} {value}" for name, value in self.wanted_options.items())
         lines = [f"Instruction: buy a {self.query} with {options} for at most {self.limit} dollars."]
         if self.bought is not None:
             lines.append(f"You bought {self.bought.name}.")
@@ -775,7 +775,7 @@ class Shop(Env):
     def facts(self):
         if self.product is not None or self.results is None:
             chosen = self.chosen if self.product is not None else {}
-            return [f"You want {value}." for name, value in self.chosen_options.items() if chosen.get(name) != value]
+            return [f"You want {value}." for name, value in self.wanted_options.items() if chosen.get(name) != value]
         sentences = []
         for item in (self.products[i] for i in self._shown()):
             lacking = [word for word in self.wanted if word not in item.attributes]

@@ -623,12 +623,12 @@ def arm_of(line):
 
 def summarise(lines):
     """The lines of one arm -> its entry in summary.json."""
-    evaluations = [(line["step"], line["eval_success"]) for line in lines if "eval_success" in line]
-    eval_steps, eval_success = map(list, zip(*evaluations))
-    collapsed = collapse([(line["step"], line["eval_format_valid"]) for line in lines if "eval_success" in line])
+    evaluated = [line for line in lines if "eval_success" in line]
+    success = [line["eval_success"] for line in evaluated]
     return dict(zip(("algo", "credit", "seed"), arm_of(lines[0]))) | {
-        "eval_steps": eval_steps, "eval_success": eval_success, "final_success": eval_success[-1],
-        "peak_success": max(eval_success), "collapsed_at": collapsed,
+        "eval_steps": [line["step"] for line in evaluated], "eval_success": success, "final_success": success[-1],
+        "peak_success": max(success),
+        "collapsed_at": collapse([(line["step"], line["eval_format_valid"]) for line in evaluated]),
         "skipped_updates": sum(line.get("skipped_updates", 0) for line in lines)}
 
 
