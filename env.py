@@ -159,11 +159,13 @@ class Env:
 
         answer_text: the agent's whole response, tags included; any text is accepted.
         -> (observation, reward, terminated, truncated, info); info has `success`, `valid` (no format penalty was paid),
-        `actions` (the ones played) and what `outcome` adds. RuntimeError if the episode is over or was never started.
+        `actions` (the ones played), `facts` (check_facts of the text) and what `outcome` adds. RuntimeError if the episode is
+        over or was never started.
         """
         if self._over:
             raise RuntimeError("the episode is over: call reset() first")
         actions, valid = self.parse(answer_text)
+        facts = self.check_facts(answer_text)
         reward, played = 0.0 if valid else -self.format_penalty, []
         for action in actions:
             reward += self.move(action)
@@ -175,14 +177,14 @@ class Env:
         terminated = self.solved() or self.failed()
         truncated = not terminated and self.actions_left <= 0
         self._over = terminated or truncated
-        info = {"success": self.solved(), "valid": valid, "actions": played, **self.outcome()}
+        info = {"success": self.solved(), "valid": valid, "actions": played, "facts": facts, **self.outcome()}
         return self._observation(reward), reward, terminated, truncated, info
 
-    def is_fact(self, sentence):
-        """True or False for a sentence of the kind that `facts()` writes, None for any other text."""
-        if sentence in self.facts():
-            return True
-        return False if self.fact_pattern.fullmatch(sentence) else None
+    def check_facts(self, text):
+        """(stated, true): how many sentences of a text are of the kind that `facts()` writes, and how many of those hold now."""
+        holding, sentences = set(self.facts()), re.split(r"(?<=\.)\s+|[<>]", text)
+        stated = [sentence for sentence in sentences if sentence in holding or self.fact_pattern.fullmatch(sentence)]
+        return len(stated), sum(sentence in holding for sentence in stated)
 
 
 def relations(a, at, b, other):
@@ -466,6 +468,7 @@ class Sudoku(Env):
     +1 for the right number (once a cell), +0.5 for a wrong one that breaks no rule yet (once a cell), -0.1 for one that does or
     for a given cell, which stays as it is; +10 when solved. A placed number can be replaced. difficulty: easy, medium or hard,
     6, 8 or 9 blanks. hint: list what every empty cell can hold; who copies single candidates solves the puzzle, so it is off.
+    observation: what the agent sees, "grid" or "units" (every row, column and box on a line of its own, without marks).
     """
 
     name = "sudoku"
@@ -473,10 +476,11 @@ class Sudoku(Env):
     intro = ("You are solving a 4x4 Sudoku: every row, every column and every 2x2 box holds 1, 2, 3 and 4.\nSymbols: [n] "
              "given, n placed by you, *n* placed and in conflict, . empty. Given numbers cannot be changed.")
     action_help = "place N at row R col C, or short R,C,N, all from 1 to 4"
-    fact_pattern = re.compile(r"(?:Row|Column|Box) [1-4] needs(?: [1-4])+\.")
+    fact_pattern = re.compile(r"Row [1-4] col [1-4] can be (?:nothing|[1-4](?: [1-4])*)\.")
     blanks = {"easy": 6, "medium": 8, "hard": 9}
 
-    def __init__(self, *, difficulty="easy", hint=False, max_turns=8, actions_per_turn=2, max_actions=16, **budgets):
+    def __init__(self, *, difficulty="easy", hint=False, observation="grid", max_turns=8, actions_per_turn=2, max_actions=16,
+                 **budgets):
         super().__init__(max_turns=max_turns, actions_per_turn=actions_per_turn, max_actions=max_actions, **budgets)
         if difficulty not in self.blanks:
             raise ValueError(f"difficulty must be one of {', '.join(self.blanks)}, got {difficulty!r}")
@@ -484,7 +488,9 @@ class Sudoku(Env):
             raise ValueError(f"hint must be true or false, got {hint!r}")
         if self.blanks[difficulty] > min(self.max_actions, self.max_turns * self.actions_per_turn):
             raise ValueError(f"{self.blanks[difficulty]} blanks cannot be filled within the budget")
-        self.difficulty, self.hint = difficulty, hint
+        if observation not in ("grid", "units"):
+            raise ValueError(f"observation must be grid or units, got {observation!r}")
+        self.difficulty, self.hint, self.observation = difficulty, hint, observation
 
     def instance(self):
         grids = sudoku_grids()
@@ -536,21 +542,25 @@ class Sudoku(Env):
             plan.append(f"place {trial[cell]} at row {cell // 4 + 1} col {cell % 4 + 1}")
         return plan
 
+    def _possible(self):
+        """For every empty cell, what the rules allow there."""
+        return [f"row {cell // 4 + 1} col {cell % 4 + 1} can be {' '.join(map(str, self.candidates(cell))) or 'nothing'}"
+                for cell in range(16) if not self.grid[cell]]
+
     def render(self):
         def symbol(cell):
             value = self.grid[cell]
             if not value:
                 return "."
             return f"[{value}]" if cell in self.given else f"*{value}*" if self._conflict(cell) else str(value)
-        lines = [" ".join(symbol(cell) for cell in SUDOKU_UNITS[f"Row {r + 1}"]) for r in range(4)]
-        if self.hint:
-            lines += [f"row {cell // 4 + 1} col {cell % 4 + 1} can be {' '.join(map(str, self.candidates(cell))) or 'nothing'}"
-                      for cell in range(16) if not self.grid[cell]]
-        return "\n".join(lines)
+        if self.observation == "units":
+            lines = [f"{unit}: {' '.join(str(self.grid[i] or '.') for i in cells)}" for unit, cells in SUDOKU_UNITS.items()]
+        else:
+            lines = [" ".join(symbol(cell) for cell in SUDOKU_UNITS[f"Row {r + 1}"]) for r in range(4)]
+        return "\n".join(lines + self._possible() * self.hint)
 
     def facts(self):
-        missing = {unit: sorted({1, 2, 3, 4} - {self.grid[i] for i in cells}) for unit, cells in SUDOKU_UNITS.items()}
-        return [f"{unit} needs {' '.join(map(str, values))}." for unit, values in missing.items() if values]
+        return [text.capitalize() + "." for text in self._possible()]
 
 
 # department -> categories; a shop sells every category in variants that differ in attributes, options and price

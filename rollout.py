@@ -14,6 +14,7 @@ default run uses, and the demonstrations that teach it to answer in the right fo
 
 import argparse
 import copy
+import inspect
 import re
 import statistics
 import time
@@ -47,6 +48,8 @@ class Trajectories:
     success: torch.Tensor  # [B] bool
     valid: torch.Tensor  # [B] float32: share of the responses that paid no format penalty
     turns: torch.Tensor  # [B] int64: responses given
+    facts_stated: torch.Tensor  # [B] int64: sentences of the reasoning that the environment can check
+    facts_true: torch.Tensor  # [B] int64: those of them that held when they were written
     outcome: dict[str, torch.Tensor]  # name -> [B] float32: what the environment's `outcome` says of the finished episodes
 
     def __len__(self):
@@ -99,22 +102,22 @@ class Chat:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def spans(self, ids):
-        """(text, [(start, end) of each token in it]); tokens that share a character (split UTF-8) all span it."""
+        """[(start, end) of each token in the text]; tokens that share a character (split UTF-8) all span it."""
         text = self.text(ids)
         for i in ids:
             if i not in self.pieces:
                 self.pieces[i] = self.text([i])
         if "".join(self.pieces[i] for i in ids) == text:
             ends = list(accumulate(len(self.pieces[i]) for i in ids))
-            return text, list(zip([0, *ends[:-1]], ends))
+            return list(zip([0, *ends[:-1]], ends))
         # A token's text depends on its neighbours: decode every prefix. An unfinished character shows as U+FFFD, no text yet.
         ends = [len(self.text(ids[: n + 1]).rstrip("\ufffd")) for n in range(len(ids))]
-        return text, [(start, max(end, start + 1)) for start, end in zip([0, *ends[:-1]], ends)]
+        return [(start, max(end, start + 1)) for start, end in zip([0, *ends[:-1]], ends)]
 
     def actions(self, ids):
         """Which of a response's ids hold a character strictly between <answer> and </answer>."""
-        text, spans = self.spans(ids)
-        inside = [match.span(1) for match in ANSWER.finditer(text)]
+        inside = [match.span(1) for match in ANSWER.finditer(self.text(ids))]
+        spans = self.spans(ids) if inside else [(0, 0)] * len(ids)
         return [any(max(start, a) < min(end, b) for a, b in inside) for start, end in spans]
 
 
@@ -124,7 +127,7 @@ class Transcript:
     def __init__(self, chat, env, seed, max_context, max_response_tokens):
         self.chat, self.env, self.max_length = chat, env, max_context - max_response_tokens
         self.ids, self.turn, self.action, self.logprobs = [], [], [], []
-        self.rewards, self.valid, self.success, self.fed = [], [], False, 0
+        self.rewards, self.valid, self.success, self.fed, self.facts = [], [], False, 0, [0, 0]
         observation, _ = env.reset(seed=seed)
         self._append(chat.opening(observation))
         if len(self.ids) > self.max_length:
@@ -146,6 +149,7 @@ class Transcript:
         self.rewards.append(reward)
         self.valid.append(info["valid"])
         self.success = info["success"]
+        self.facts = [total + new for total, new in zip(self.facts, info["facts"])]
         if terminated or truncated:
             return False
         bridge = self.chat.bridge(observation, ended=ids[-1] == self.chat.tokenizer.eos_token_id)
@@ -171,6 +175,7 @@ def pack(transcripts, pad_id):
         success=torch.tensor([t.success for t in transcripts]),
         valid=torch.tensor([sum(t.valid) / len(t.valid) for t in transcripts]),
         turns=torch.tensor([len(t.rewards) for t in transcripts]),
+        facts_stated=torch.tensor([t.facts[0] for t in transcripts]), facts_true=torch.tensor([t.facts[1] for t in transcripts]),
         outcome={name: torch.tensor([t.env.outcome()[name] for t in transcripts], dtype=torch.float32)
                  for name in transcripts[0].env.outcome()})
 
@@ -179,51 +184,94 @@ def pack(transcripts, pad_id):
 
 
 class GrowingLayer(DynamicLayer):
-    """DynamicLayer that doubles its storage instead of copying the whole cache for every token."""
+    """DynamicLayer that doubles its storage instead of copying the whole cache for every token, and takes new columns for its
+    first rows alone."""
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.used, self.keys, self.values = 0, key_states[:, :, :0], value_states[:, :, :0]
-            self.store = [self.keys, self.values]
-        start, end = self.used, self.used + key_states.shape[-2]
-        # Rows may have been selected since (batch_select_indices): then keys no longer views the storage.
-        moved = self.keys.data_ptr() != self.store[0].data_ptr() or len(self.keys) != len(self.store[0])
-        if moved or end > self.store[0].shape[-2]:
-            room = max(2 * start, end)
-            self.store = [torch.cat([old, new.new_empty(*new.shape[:2], room - start, new.shape[-1])], dim=-2)
-                          for old, new in ((self.keys, key_states), (self.values, value_states))]
-        self.store[0][:, :, start:end] = key_states
-        self.store[1][:, :, start:end] = value_states
+            self.used, self.store = 0, [key_states[:, :, :0], value_states[:, :, :0]]
+        start, end, rows = self.used, self.used + key_states.shape[-2], len(key_states)
+        if end > self.store[0].shape[-2]:
+            self.store = [nn.functional.pad(old[:, :, :start], (0, 0, 0, max(2 * start, end) - start)) for old in self.store]
+        for store, new in zip(self.store, (key_states, value_states)):
+            store[:rows, :, start:end] = new
         self.used = end
-        self.keys, self.values = (tensor[:, :, :end] for tensor in self.store)
+        self.keys, self.values = (store[:rows, :, :end] for store in self.store)
         return self.keys, self.values
+
+    def swap(self, places, others):
+        for store in self.store:
+            used = store[:, :, : self.used]
+            used[torch.cat([places, others])] = used[torch.cat([others, places])]
+
+    def keep(self, places, columns):
+        """Keep the rows at `places` [R], and of each of them its columns [R, C]."""
+        heads, self.used = torch.arange(self.store[0].shape[1], device=places.device), columns.shape[1]
+        for store in self.store:
+            store[: len(places), :, : self.used] = store[places[:, None, None], heads[:, None], columns[:, None]]
+        self.store = [store[: len(places)] for store in self.store]
+        self.keys, self.values = (store[:, :, : self.used] for store in self.store)
 
 
 class Decoder:
-    """A model with its key-value cache over a shrinking batch; columns that hold nothing for a row are masked."""
+    """A model with its key-value cache. A row keeps the number it began with, wherever it comes to lie in the cache."""
 
     def __init__(self, model, rows):
-        self.model, self.device = model, model.device
+        self.model, self.device, self.rows = model, model.device, list(range(rows))  # rows[place] = number
         self.cache = Cache(layer_class_to_replicate=GrowingLayer)
-        self.mask = torch.zeros(rows, 0, dtype=torch.long, device=self.device)  # [rows, columns]
+        # transformers 5.24 renamed the argument
+        self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self.mask = torch.zeros(rows, 0, dtype=torch.long, device=self.device)  # [rows, columns]: 0 = holds nothing
+        self.lengths = self.mask.sum(1)  # [rows]
 
     def feed(self, ids, mask):
-        """Append columns ids[rows, n], of which mask marks the real ones -> float32 logits after the last, [rows, V]."""
-        self.mask = torch.cat([self.mask, mask.to(self.device)], dim=1)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        out = self.model(input_ids=ids.to(self.device), attention_mask=self.mask, position_ids=positions,
-                         past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        """Append columns ids[n, c] to the first n rows; mask marks the real ones -> float32 logits after the last, [n, V]."""
+        n, mask = len(ids), mask.to(self.device)
+        positions = (self.lengths[:n, None] + mask.cumsum(1) - 1).clamp(min=0)
+        self.lengths[:n] += mask.sum(1)
+        self.mask = torch.cat([self.mask, nn.functional.pad(mask, (0, 0, 0, len(self.mask) - n))], dim=1)
+        out = self.model(input_ids=ids.to(self.device), attention_mask=self.mask[:n], position_ids=positions,
+                         use_cache=True, logits_to_keep=1, **{self.cache_name: self.cache})
         return out.logits[:, -1].float()
 
+    def swap(self, places, others):
+        """The rows at `places` [n] and at `others` [n] trade them."""
+        there, here = torch.cat([places, others]), torch.cat([others, places])
+        self.mask[there], self.lengths[there] = self.mask[here], self.lengths[here]
+        before = list(self.rows)
+        for to, origin in zip(there.tolist(), here.tolist()):
+            self.rows[to] = before[origin]
+        for layer in self.cache.layers:
+            layer.swap(places, others)
+
     def keep(self, rows):
-        rows = torch.tensor(rows, device=self.device)
-        self.mask = self.mask[rows]
-        self.cache.batch_select_indices(rows)
+        """Forget all other rows, and then the columns that hold nothing."""
+        if rows == self.rows and self.mask.all():
+            return
+        places = torch.tensor([self.rows.index(row) for row in rows], device=self.device)
+        self.rows, self.mask, self.lengths = list(rows), self.mask[places], self.lengths[places]
+        empty = self.mask.shape[1] - int(self.lengths.max())
+        columns = self.mask.argsort(dim=1, stable=True)[:, empty:]  # [rows, C]: those that hold something last, in their order
+        self.mask = self.mask.gather(1, columns)
+        for layer in self.cache.layers:
+            layer.keep(places, columns)
+
+
+def sample(logits, temperature, generator):
+    """logits [rows, V] -> sampled tokens [rows], their log-probs [rows]."""
+    logprobs = torch.log_softmax(logits / temperature, -1)
+    if torch.isnan(logprobs).any():
+        raise FloatingPointError("the model's logits are not finite")
+    # The inverse of the distribution function: torch.multinomial draws a number for every word, a tenth of a rollout's time.
+    below = logprobs.double().exp().cumsum(-1)  # [rows, V]
+    drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator) * below[:, -1:]
+    token = torch.searchsorted(below, drawn, right=True).clamp(max=logits.shape[-1] - 1)  # right: never a word of mass 0
+    return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
 def sample_turn(decoder, prompts, stop_ids, pad_id, temperature, max_tokens, generator):
-    """One response for each row of prompts (lists of ids not yet fed) -> ([ids], [log-probs]) a row.
+    """One response for each row of the decoder, given its prompt (ids not yet fed) -> {row: (ids, log-probs)}.
 
     A row ends with one of stop_ids or after max_tokens. Its last token is not fed: it opens the next prompt.
     """
@@ -232,22 +280,23 @@ def sample_turn(decoder, prompts, stop_ids, pad_id, temperature, max_tokens, gen
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     logits = decoder.feed(ids, mask)
     stops = torch.tensor(sorted(stop_ids), device=logits.device)
+    responses = {row: ([], []) for row in decoder.rows}
     running = torch.ones(len(prompts), dtype=torch.bool, device=logits.device)
-    tokens, logprobs, counts = [], [], torch.zeros(len(prompts), dtype=torch.long, device=logits.device)
     for step in range(max_tokens):
-        all_logprobs = torch.log_softmax(logits / temperature, -1)  # [rows, V]
-        if torch.isnan(all_logprobs).any():  # multinomial would fail too, on a GPU for good
-            raise FloatingPointError("the model's logits are not finite")
-        token = torch.multinomial(all_logprobs.exp(), 1, generator=generator)  # [rows, 1]
-        tokens.append(token)
-        logprobs.append(all_logprobs.gather(1, token))
-        counts += running
-        running = running & ~torch.isin(token[:, 0], stops)
-        if step + 1 == max_tokens or not running.any():
-            break
-        logits = decoder.feed(torch.where(running[:, None], token, pad_id), running[:, None].long())
-    tokens, logprobs = torch.cat(tokens, 1).tolist(), torch.cat(logprobs, 1).tolist()
-    return ([row[:n] for row, n in zip(tokens, counts.tolist())], [row[:n] for row, n in zip(logprobs, counts.tolist())])
+        tokens, logprobs = sample(logits, temperature, generator)
+        for row, going, token, logprob in zip(decoder.rows, running.tolist(), tokens.tolist(), logprobs.tolist()):
+            if going:
+                responses[row][0].append(token)
+                responses[row][1].append(logprob)
+        running = running & ~torch.isin(tokens, stops)
+        left = int(running.sum())
+        if step + 1 == max_tokens or not left:
+            return responses
+        if left < 0.75 * len(running):  # the others go to the end of the cache, where they cost nothing until the next turn
+            first, last = running[:left], running[left:]
+            decoder.swap((~first).nonzero()[:, 0], left + last.nonzero()[:, 0])
+            tokens, running = tokens[:left].masked_scatter(~first, tokens[left:][last]), torch.ones_like(first)
+        logits = decoder.feed(torch.where(running, tokens, pad_id)[:, None], running[:, None].long())
 
 
 @torch.no_grad()
@@ -275,18 +324,18 @@ def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, 
                    for env, seed in zip(envs, seeds)]
     was_training = model.training
     model.eval()
-    active, decoder = transcripts, Decoder(model, len(transcripts))
-    while active:
-        sampled, logprobs = sample_turn(decoder, [t.ids[t.fed:] for t in active], stop_ids, pad_id, temperature,
-                                        max_response_tokens, generator)
+    decoder, playing = Decoder(model, len(transcripts)), list(range(len(transcripts)))
+    while playing:
+        decoder.keep(playing)
+        sampled = sample_turn(decoder, [transcripts[i].ids[transcripts[i].fed:] for i in playing], stop_ids, pad_id, temperature,
+                              max_response_tokens, generator)
         going_on = []
-        for row, t in enumerate(active):
-            t.fed = len(t.ids) + len(sampled[row]) - 1
-            if t.respond(sampled[row], logprobs[row]):
-                going_on.append(row)
-        if going_on and len(going_on) < len(active):
-            decoder.keep(going_on)
-        active = [active[row] for row in going_on]
+        for i in playing:
+            t, (ids, logprobs) = transcripts[i], sampled[i]
+            t.fed = len(t.ids) + len(ids) - 1
+            if t.respond(ids, logprobs):
+                going_on.append(i)
+        playing = going_on
     model.train(was_training)
     return pack(transcripts, pad_id)
 
@@ -360,10 +409,11 @@ FILLERS = ["Let me look at the board.", "I should plan ahead.", "One wrong step 
            "Let me check every move.", "First I look, then I move.", "There is no need to hurry."]
 
 
-def demonstration(env, rng, noise):
+def demonstration(env, rng, noise, plan_in="answer"):
     """A response that states facts, with empty phrases in between, and plays the oracle's moves.
 
-    Each move is a random one instead with probability `noise`.
+    Each move is a random one instead with probability `noise`. plan_in: where the moves are decided, in the "answer" or
+    already in a last sentence of the reasoning ("think"), which the answer copies.
     """
     opening, closing = rng.choice(FILLERS, 2)
     sentences = [opening, *env.facts(), closing]
@@ -372,15 +422,17 @@ def demonstration(env, rng, noise):
         plan = ahead.oracle()
         actions.append(plan[0] if plan and rng.random() >= noise else ahead.random_action(rng))
         ahead.move(actions[-1])
+    if plan_in == "think":
+        sentences.append(f"So I play {' and '.join(actions)}.")
     return response(actions, think=" ".join(sentences))
 
 
-def demonstrations(env, tokenizer, seeds, rng, noise, desc):
+def demonstrations(env, tokenizer, seeds, rng, noise, plan_in, desc):
     """One demonstrated episode a seed -> Trajectories."""
     chat, transcripts = Chat(tokenizer, env.system_prompt), []
     for seed in tqdm(seeds, desc=desc, unit="episode", leave=False, disable=None):
         transcript = Transcript(chat, env, seed, max_context=10**9, max_response_tokens=0)
-        while transcript.respond(tokenizer(demonstration(env, rng, noise)).input_ids + [tokenizer.eos_token_id]):
+        while transcript.respond(tokenizer(demonstration(env, rng, noise, plan_in)).input_ids + [tokenizer.eos_token_id]):
             pass
         transcripts.append(transcript)
     return pack(transcripts, tokenizer.pad_token_id)

@@ -61,6 +61,9 @@ PRESETS = {"paper": {"paper_boards": True, "steps": 200, "max_response_tokens": 
                      "width": 128, "layers": 4, "warm_steps": 6000, "warm_episodes": 12000}}
 CREDITS = {"uniform": lambda settings: {"alpha": 1.0, "beta": 0.0},
            "actfocus": lambda settings: {"alpha": settings.alpha, "beta": settings.beta}}
+# What a credit may have for itself, as in `--credits uniform uniform:lr=3e-5 actfocus:alpha=0.3,signal=nll`
+OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "epochs", "lr", "critic_lr", "clip_low", "clip_high",
+                "value_clip", "gamma", "lam", "entropy_coef", "kl_coef", "max_grad_norm")
 EVALUATION_SEED, VALIDATION_SEED = 1_000_000_000, 2_000_000_000  # training boards are drawn from below both
 
 
@@ -83,13 +86,14 @@ class Settings:
     model: str = setting("tiny", "'tiny' (built in, taught here) or a Hugging Face model id or directory (paper: Qwen2.5 "
                                  "0.5B, 1.5B, 3B Instruct)")
     algos: tuple[str, ...] = setting(("ppo", "grpo"), "algorithms to compare", choices=("ppo", "grpo"))
-    credits: tuple[str, ...] = setting(("uniform", "actfocus"), "credits to compare", choices=tuple(CREDITS))
+    credits: tuple[str, ...] = setting(("uniform", "actfocus"), f"credits to compare: any of {', '.join(CREDITS)}, each with "
+                                                           "settings of its own if wanted, as in actfocus:alpha=0.3,lr=3e-5")
     seeds: tuple[int, ...] = setting((0,), "seeds, one arm each for every algorithm and credit", low=0)
     out: str = setting("runs/latest", "output directory")
     # the method
     alpha: float = setting(0.1, "ActFocus: weight of reasoning tokens", low=0, high=1)
     beta: float = setting(0.5, "ActFocus: how far energy raises the weight of action tokens", low=0)
-    signal: str = setting("energy", "ActFocus: what ranks the action tokens", choices=SIGNALS)
+    signal: str = setting("energy", "ActFocus: what ranks the action tokens; random is a control", choices=(*SIGNALS, "random"))
     # the loop
     steps: int = setting(60, "rollout-update iterations (paper 200)", low=0)
     prompts: int = setting(8, "boards a step, P", low=1)
@@ -127,6 +131,8 @@ class Settings:
     warm_noise: float = setting(0.2, "share of random actions in the first stage", low=0, high=1)
     worse_steps: int = setting(80, "updates of the second stage: playing badly while thinking at length", low=0)
     worse_noise: float = setting(0.75, "share of random actions in the second stage", low=0, high=1)
+    plan_in: str = setting("answer", "where the taught agent decides on its actions: in the answer, or already in the reasoning, "
+                                     "which the answer copies", choices=("answer", "think"))
     # the machine
     device: str = setting("auto", "auto, cpu or cuda")
     precision: str = setting("auto", "what forward passes compute in; weights and Adam's state stay float32, or a rate "
@@ -155,7 +161,25 @@ class Settings:
                 raise ValueError(f"{name}: name at least one")
         if self.width % 32:
             raise ValueError(f"width: {self.width} is not a multiple of 32, the size of an attention head")
+        for credit in self.credits:
+            self.of_arm(credit)
         self.make_env().reset(seed=0)  # options that admit no board fail here
+
+    def of_arm(self, credit):
+        """'actfocus:alpha=0.3' -> ('actfocus', the settings of that arm)."""
+        name, _, text = credit.partition(":")
+        if name not in CREDITS:
+            raise ValueError(f"credits: {name!r} is not one of {', '.join(CREDITS)}")
+        own = {}
+        for option in text.split(",") if text else ():
+            key, _, value = option.partition("=")
+            if key not in OWN_SETTINGS:
+                raise ValueError(f"credits: {option!r} in {credit!r} is not KEY=VALUE with a key of {', '.join(OWN_SETTINGS)}")
+            try:
+                own[key] = type(getattr(self, key))(value)
+            except ValueError:
+                raise ValueError(f"credits: {value!r} is no value for {key} in {credit!r}") from None
+        return name, dataclasses.replace(self, credits=(name,), **own) if own else self
 
     def make_env(self):
         small = self.model == "tiny" and not self.paper_boards and not self.env_options
@@ -203,7 +227,7 @@ def teach(settings):
         observation, _ = env.reset(seed=seed)
         over = False
         while not over:
-            answer = sampling.demonstration(env, rng, noise=0.5)
+            answer = sampling.demonstration(env, rng, 0.5, settings.plan_in)
             texts += [observation, answer]
             observation, _, terminated, truncated, _ = env.step(answer)
             over = terminated or truncated
@@ -211,11 +235,11 @@ def teach(settings):
     model = sampling.tiny_model(tokenizer, width=settings.width, layers=settings.layers, heads=settings.width // 32)
     held_out, n = first_observations(env, settings), settings.warm_episodes
     good = sampling.demonstrations(env, tokenizer, draw_seeds(env, rng, n, held_out), rng, settings.warm_noise,
-                                   "demonstrations")
+                                   settings.plan_in, "demonstrations")
     sampling.imitate(model, good, settings.warm_steps, 3e-3, rng, "warm start, 1 of 2: know the game")
     if settings.worse_steps:
         bad = sampling.demonstrations(env, tokenizer, draw_seeds(env, rng, n // 2, held_out), rng, settings.worse_noise,
-                                      "poor demonstrations")
+                                      settings.plan_in, "poor demonstrations")
         sampling.imitate(model, bad, settings.worse_steps, 1e-3, rng, "warm start, 2 of 2: play it badly")
     return model, tokenizer
 
@@ -223,7 +247,7 @@ def teach(settings):
 def taught_agent(settings):
     """Directory of the built-in agent, taught now unless the cache holds one shaped by the same settings and code."""
     shaping = ("env", "env_options", "paper_boards", "max_response_tokens", "eval_boards", "boards", "width", "layers",
-               "warm_episodes", "warm_steps", "warm_noise", "worse_steps", "worse_noise")
+               "warm_episodes", "warm_steps", "warm_noise", "worse_steps", "worse_noise", "plan_in")
     code = [inspect.getsource(part) for part in (environments, sampling, kernels, teach)]
     key = repr([(name, getattr(settings, name)) for name in shaping] + [TINY_BOARDS.get(settings.env), code,
                torch.__version__, transformers.__version__, torch.get_num_threads()])
@@ -369,8 +393,8 @@ class Learner:
             batch.update(token_table(fixed, batch, self.micro_batch))
         if not all(torch.isfinite(x).all() for x in batch.values()):
             return None
-        signal = token_signal(s.signal, **{name: batch[name] for name in
-                                           ("old_logprobs", "ref_logprobs", "ref_energy", "ref_entropy")})
+        known = {name: batch[name] for name in ("old_logprobs", "ref_logprobs", "ref_energy", "ref_entropy")}
+        signal = torch.rand_like(batch["ref_energy"]) if s.signal == "random" else token_signal(s.signal, **known)
         batch["weights"] = credit_weights(self.credit, signal, batch["action_mask"], mask, s)
         if self.critic:
             rewards = last_response(mask) * trajectories.returns.to(device)[:, None]  # paid at the very end, as in the paper
@@ -465,7 +489,7 @@ class Learner:
         mask, action = batch["response_mask"], batch["action_mask"]
         entropy = batch["old_entropy"]
         mean = lambda values: float(values.mean()) if len(values) else None
-        out = {"updates": updates, "policy_loss": totals["policy_loss"] / updates, "grad_norm": totals["grad_norm"] / updates}
+        out = {"updates": updates, "updated_tokens": int(totals["n"]), "policy_loss": totals["policy_loss"] / updates, "grad_norm": totals["grad_norm"] / updates}
         out |= {name: totals[name] / max(totals["n"], 1) for name in ("approx_kl", "clip_fraction", "ratio_mean")}
         out |= {"think_entropy": mean(entropy[mask & ~action]), "action_entropy": mean(entropy[action]),
                 "action_energy": mean(batch["ref_energy"][action]),
@@ -495,7 +519,7 @@ CHECKPOINT = b"actfocus checkpoint 1 "  # then the SHA-256 of the rest, a newlin
 
 
 def checkpoint_path(settings, algo, credit, seed):
-    return Path(settings.out) / "checkpoints" / f"{algo}-{credit}-{seed}.pt"
+    return Path(settings.out) / "checkpoints" / f"{algo}-{credit.replace(':', '-')}-{seed}.pt"
 
 
 def save_checkpoint(path, state):
@@ -538,11 +562,13 @@ def play(policy, tokenizer, envs, seeds, settings, temperature, generator):
 def describe(trajectories):
     """Plain facts of a batch of trajectories, for the log."""
     response, action = trajectories.response_mask.sum().item(), trajectories.action_mask.sum().item()
-    turns = max(int(trajectories.turns.sum()), 1)
+    turns, stated = max(int(trajectories.turns.sum()), 1), int(trajectories.facts_stated.sum())
+    think = trajectories.logprobs[trajectories.response_mask & ~trajectories.action_mask]
     return {"return": trajectories.returns.mean().item(), "success": trajectories.success.float().mean().item(),
             "format_valid": float((trajectories.valid * trajectories.turns).sum() / turns),
             "turns": turns / len(trajectories), "think_tokens": (response - action) / turns, "action_tokens": action / turns,
-            "action_fraction": action / max(response, 1)} | {
+            "action_fraction": action / max(response, 1), "think_nll": -think.mean().item() if len(think) else None,
+            "facts": stated / turns, "fact_accuracy": int(trajectories.facts_true.sum()) / stated if stated else None} | {
             name: values.mean().item() for name, values in trajectories.outcome.items()}
 
 
@@ -552,13 +578,14 @@ def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lam
     resume: go on from the arm's checkpoint, if there is one; its lines are reported again. stop(): whether to write a
     checkpoint now and return. Diverged: the arm cannot go on; says which, where, and what is left.
     """
-    s, device = settings, settings.torch_device()
+    name, s = settings.of_arm(credit)
+    device = s.torch_device()
     torch.manual_seed(seed)
     policy, tokenizer = load_agent(base, device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     if s.half:  # it is never updated, so nothing is lost below bfloat16
         reference.bfloat16()
-    learner = Learner(policy, reference, algo, credit, s)
+    learner = Learner(policy, reference, algo, name, s)
     env = s.make_env()
     held_out = first_observations(env, s)
     envs = [copy.deepcopy(env) for _ in range(max(s.prompts * s.rollouts, s.eval_boards * s.eval_rollouts))]
@@ -583,7 +610,8 @@ def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lam
         returns = trajectories.returns.view(s.prompts, s.rollouts)  # [P, G]
         spread = variance_filter(returns, keep=1)
         kept = variance_filter(returns, keep=s.keep) if s.keep < 1 else torch.arange(s.prompts)
-        line = describe(trajectories) | {"zero_spread_groups": s.prompts - len(spread), "kept_groups": len(kept)}
+        line = describe(trajectories) | {"generated_tokens": int(trajectories.response_mask.sum())}
+        line |= {"zero_spread_groups": s.prompts - len(spread), "kept_groups": len(kept)}
         if len(spread) or (algo == "ppo" and len(kept)):
             rows = (kept[:, None] * s.rollouts + torch.arange(s.rollouts)).flatten()
             line |= learner.update(trajectories.select(rows), group_advantages(returns)[kept].flatten(), rng)
@@ -596,7 +624,8 @@ def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lam
         seeds = np.repeat(s.evaluation_seeds(), s.eval_rollouts).tolist()
         # The same luck at every evaluation: differences are the policy's.
         played = play(policy, tokenizer, envs, seeds, s, s.eval_temperature, torch.Generator(device).manual_seed(0))
-        return {f"eval_{name}": value for name, value in describe(played).items()}
+        wins = played.success.view(s.eval_boards, s.eval_rollouts).float().mean(1)  # [boards]
+        return {f"eval_{name}": value for name, value in describe(played).items()} | {"eval_board_success": wins.tolist()}
 
     for step in range(len(lines), s.steps + 1):
         line = {"algo": algo, "credit": credit, "seed": seed, "step": step}
@@ -627,7 +656,9 @@ def summarise(lines):
     success = [line["eval_success"] for line in evaluated]
     return dict(zip(("algo", "credit", "seed"), arm_of(lines[0]))) | {
         "eval_steps": [line["step"] for line in evaluated], "eval_success": success, "final_success": success[-1],
-        "peak_success": max(success),
+        "peak_success": max(success), "final_board_success": evaluated[-1]["eval_board_success"],
+        "eval": {name: [line[f"eval_{name}"] for line in evaluated]
+                 for name in ("format_valid", "fact_accuracy", "facts", "think_tokens", "think_nll")},
         "collapsed_at": collapse([(line["step"], line["eval_format_valid"]) for line in evaluated]),
         "skipped_updates": sum(line.get("skipped_updates", 0) for line in lines)}
 
