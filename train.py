@@ -41,7 +41,8 @@ from tqdm import tqdm
 import env as environments
 import kernels
 import rollout as sampling
-from actfocus import SIGNALS, gae, group_advantages, token_signal, token_weights, variance_filter, weighted_policy_loss
+from actfocus import (SIGNALS, gae, group_advantages, spearman, token_signal, token_weights, variance_filter,
+                      weighted_policy_loss)
 from rollout import load_agent, score
 
 try:
@@ -489,7 +490,8 @@ class Learner:
         mask, action = batch["response_mask"], batch["action_mask"]
         entropy = batch["old_entropy"]
         mean = lambda values: float(values.mean()) if len(values) else None
-        out = {"updates": updates, "updated_tokens": int(totals["n"]), "policy_loss": totals["policy_loss"] / updates, "grad_norm": totals["grad_norm"] / updates}
+        out = {"updates": updates, "updated_tokens": int(totals["n"])}
+        out |= {name: totals[name] / updates for name in ("policy_loss", "grad_norm")}
         out |= {name: totals[name] / max(totals["n"], 1) for name in ("approx_kl", "clip_fraction", "ratio_mean")}
         out |= {"think_entropy": mean(entropy[mask & ~action]), "action_entropy": mean(entropy[action]),
                 "action_energy": mean(batch["ref_energy"][action]),
@@ -572,6 +574,15 @@ def describe(trajectories):
             name: values.mean().item() for name, values in trajectories.outcome.items()}
 
 
+def load_pair(base, settings):
+    """(policy, frozen reference, tokenizer), both models from directory or id `base`."""
+    policy, tokenizer = load_agent(base, settings.torch_device())
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    if settings.half:  # it is never updated, so nothing is lost below bfloat16
+        reference.bfloat16()
+    return policy, reference, tokenizer
+
+
 def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lambda: False):
     """Train one arm from the agent in directory `base`; report(line) gets the metrics of each step, 0 = before training.
 
@@ -581,10 +592,7 @@ def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lam
     name, s = settings.of_arm(credit)
     device = s.torch_device()
     torch.manual_seed(seed)
-    policy, tokenizer = load_agent(base, device)
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    if s.half:  # it is never updated, so nothing is lost below bfloat16
-        reference.bfloat16()
+    policy, reference, tokenizer = load_pair(base, s)
     learner = Learner(policy, reference, algo, name, s)
     env = s.make_env()
     held_out = first_observations(env, s)
@@ -753,26 +761,41 @@ def by_algo_and_credit(summary):
     return groups
 
 
+def paired_gain(arms, rivals, draws=10_000):
+    """Mean of final success minus the rivals', with a 95 % interval from a paired bootstrap over seeds and boards.
+
+    Arms and rivals are paired by seed. With few seeds the interval is too narrow: three seeds cannot show how seeds vary.
+    """
+    difference = np.array([np.subtract(a["final_board_success"], b["final_board_success"]) for a, b in zip(arms, rivals)])
+    rng, (seeds, boards) = np.random.default_rng(0), difference.shape
+    again = [difference[rng.integers(seeds, size=seeds)][:, rng.integers(boards, size=boards)].mean() for _ in range(draws)]
+    return difference.mean(), *np.percentile(again, [2.5, 97.5])
+
+
 def table(summary):
     """The comparison as text: one row an algorithm and credit, means over seeds with their range."""
     percent = lambda values: f"{100 * np.mean(values):5.1f}" + (
         f" ({100 * min(values):.1f}..{100 * max(values):.1f})" if len(values) > 1 else "")
     groups, c = by_algo_and_credit(summary), summary["config"]
-    rows, verdicts = [("arm", "before", "final", "peak", "peak to final", "final, against uniform")], []
+    rows, verdicts = [("arm", "before", "final", "peak", "peak to final", "final, against uniform [95 %]")], []
     for (algo, credit), arms in groups.items():
         rivals = groups.get((algo, "uniform"), []) if credit != "uniform" else []
-        gains = [arm["final_success"] - rival["final_success"] for arm, rival in zip(arms, rivals)]
+        gain = ""
+        if rivals:
+            mean, low, high = (100 * x for x in paired_gain(arms, rivals))
+            gain = f"{mean:+5.1f} [{low:+.1f}..{high:+.1f}]"
         rows.append((f"{algo} {credit}", percent([a["eval_success"][0] for a in arms]),
                      percent([a["final_success"] for a in arms]), percent([a["peak_success"] for a in arms]),
-                     percent([a["final_success"] - a["peak_success"] for a in arms]), percent(gains) if gains else ""))
-        if gains and credit == "actfocus":
-            won = "ahead of" if np.mean(gains) > 0 else "behind" if np.mean(gains) < 0 else "level with"
-            verdicts.append(f"{algo}: ActFocus ends {abs(100 * np.mean(gains)):.1f} points {won} uniform, ahead in "
-                            f"{sum(g > 0 for g in gains)} of {len(gains)} seeds")
+                     percent([a["final_success"] - a["peak_success"] for a in arms]), gain))
+        if rivals and credit == "actfocus":
+            won = "ahead of" if mean > 0 else "behind" if mean < 0 else "level with"
+            ahead = sum(a["final_success"] > b["final_success"] for a, b in zip(arms, rivals))
+            verdicts.append(f"{algo}: ActFocus ends {abs(mean):.1f} points {won} uniform, ahead in {ahead} of {len(arms)} seeds")
     widths = [max(map(len, column)) for column in zip(*rows)]
     n = len(c["seeds"])
     lines = [f"Success in % on {c['eval_boards']} {c['boards']} boards x {c['eval_rollouts']} rollouts at temperature "
-             f"{c['eval_temperature']}, after {c['steps']} steps; mean (range) over seeds {' '.join(map(str, c['seeds']))}"]
+             f"{c['eval_temperature']}, after {c['steps']} steps; mean (range) over seeds {' '.join(map(str, c['seeds']))}; "
+             "[95 %]: paired bootstrap over seeds and boards"]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += [f"random actions {100 * summary['floor']:.1f}, best play {100 * summary['ceiling']:.1f}", *verdicts]
     if n < 3:
@@ -780,13 +803,20 @@ def table(summary):
     return "\n".join(lines)
 
 
-def plot(summary, path):
-    """Success over steps, mean and range over seeds; False where matplotlib is not installed."""
+def pyplot():
+    """matplotlib's, drawing to files, or None where it is not installed."""
     try:
         import matplotlib
         matplotlib.use("agg")
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot
+        return matplotlib.pyplot
     except ImportError:
+        return None
+
+
+def plot(summary, path):
+    """Success over steps, mean and range over seeds; False where matplotlib is not installed."""
+    if not (plt := pyplot()):
         return False
     groups = by_algo_and_credit(summary)
     algos = list(dict.fromkeys(algo for algo, _ in groups))
@@ -901,6 +931,204 @@ def write(path, text):
     os.replace(partial, path)
 
 
+# Evidence -------------------------------------------------------------------------------------------------------------
+
+
+def agent_at(settings, checkpoint):
+    """(policy, reference, tokenizer): the agent that training starts from, or the policy of one of its checkpoints."""
+    base = taught_agent(settings) if settings.model == "tiny" else settings.model
+    policy, reference, tokenizer = load_pair(base, settings)
+    if checkpoint:
+        saved = load_checkpoint(Path(checkpoint), settings.torch_device())
+        if saved is None:
+            raise ValueError(f"there is no whole checkpoint at {checkpoint}")
+        try:
+            policy.load_state_dict(saved["learner"]["policy"])
+        except RuntimeError:
+            raise ValueError(f"{checkpoint} is a checkpoint of another agent than these settings give") from None
+    return policy, reference, tokenizer
+
+
+def gradient_shares(learner, batch, rows):
+    """{credit: squared gradient norm of the policy loss over `rows`, from (action tokens, reasoning tokens)}.
+
+    Before the first update, so every ratio is 1. Each part keeps the whole's normaliser: the two gradients add up to the loss's.
+    """
+    parameters = [p for p in learner.policy.parameters() if p.requires_grad]
+    shares, mask, action = {}, batch["response_mask"], batch["action_mask"]
+    for credit in ("uniform", "actfocus"):
+        weights = credit_weights(credit, batch["ref_energy"], action, mask, learner.settings)
+        sums = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
+        for part in micro_batches(batch | {"weights": weights}, rows, learner.micro_batch):
+            logprobs = score(learner.policy, part["ids"], part["response_mask"], learner.settings.temperature).logprobs
+            for total, tokens in zip(sums, (part["action_mask"], ~part["action_mask"])):
+                loss, _ = weighted_policy_loss(logprobs, part["old_logprobs"], part["advantages"], part["weights"] * tokens,
+                                               weight_sum=weights[rows].sum())
+                for sum_, gradient in zip(total, torch.autograd.grad(loss, parameters, retain_graph=True)):
+                    sum_ += gradient
+        shares[credit] = tuple(sum(float(x.square().sum()) for x in total) for total in sums)
+    return shares
+
+
+def rank_correlation(x, y, rng, draws=1000):
+    """Spearman's rho of x[N] and y[N] with a 95 % interval: percentiles over groups drawn again with replacement.
+
+    Where x is nan (a group without an action token), the group is left out.
+    """
+    x, y = x[~torch.isnan(x)], y[~torch.isnan(x)]
+    rho = spearman(x, y)
+    if math.isnan(rho):
+        return rho, rho, rho
+    again = [spearman(x[rows], y[rows]) for rows in torch.from_numpy(rng.integers(len(x), size=(draws, len(x))))]
+    return rho, *np.nanpercentile(again, [2.5, 97.5]).tolist()
+
+
+def diagnose(settings, checkpoint, groups):
+    """Print whether the paper's observation holds for an agent: does energy of action tokens track a group's reward variance?
+
+    Plays `groups` boards G times each. Writes diagnosis.json and, with matplotlib, diagnosis.png to the output directory.
+    """
+    started, s = time.perf_counter(), settings
+    policy, reference, tokenizer = agent_at(s, checkpoint)
+    learner = Learner(policy, reference, "grpo", "actfocus", dataclasses.replace(s, lr=0.0))
+    env, rng = s.make_env(), np.random.default_rng(s.seeds[0])
+    torch.manual_seed(s.seeds[0])
+    generator = torch.Generator(s.torch_device()).manual_seed(s.seeds[0])
+    boards = draw_seeds(env, rng, groups, first_observations(env, s))
+    envs = [copy.deepcopy(env) for _ in range(s.prompts * s.rollouts)]
+    kinds = {"action tokens": lambda b: b["action_mask"], "reasoning tokens": lambda b: b["response_mask"] & ~b["action_mask"],
+             "all response tokens": lambda b: b["response_mask"]}
+    means, returns, shares, tokens = defaultdict(list), [], defaultdict(lambda: np.zeros(2)), defaultdict(int)
+    for start in tqdm(range(0, groups, s.prompts), desc="playing", unit="batch", leave=False, disable=None):
+        seeds = np.repeat(boards[start:start + s.prompts], s.rollouts).tolist()
+        played = play(policy, tokenizer, envs, seeds, s, s.temperature, generator)
+        returns.append(played.returns.view(-1, s.rollouts))
+        batch = learner.prepare(played, group_advantages(returns[-1]).flatten())
+        if batch is None:
+            raise Diverged("the model's numbers are not finite")
+        for name in SIGNALS:
+            signal = token_signal(name, **{key: batch[key] for key in ("old_logprobs", "ref_logprobs", "ref_energy", "ref_entropy")})
+            for kind, mask in kinds.items():
+                of_group = lambda x: x.view(-1, s.rollouts * x.shape[1]).sum(1).cpu()  # [B, T] -> [P]
+                means[name, kind].append(of_group(signal * mask(batch)) / of_group(mask(batch)))
+        for kind, mask in kinds.items():
+            tokens[kind] += int(mask(batch).sum())
+        kept = variance_filter(returns[-1], keep=s.keep)
+        if len(kept):
+            rows = (kept[:, None] * s.rollouts + torch.arange(s.rollouts)).flatten().to(policy.device)
+            for credit, squares in gradient_shares(learner, batch, rows).items():
+                shares[credit] += squares
+    returns = torch.cat(returns)  # [groups, G]
+    variance = returns.double().var(1)
+    means = {key: torch.cat(values) for key, values in means.items()}
+    rho = {f"{name}, {kind}": rank_correlation(values, variance, rng) for (name, kind), values in means.items()}
+    share = {credit: squares[0] / squares.sum() for credit, squares in shares.items()}
+    found = {"agent": checkpoint or "base", "config": dataclasses.asdict(s), "groups": groups,
+             "action_fraction": tokens["action tokens"] / tokens["all response tokens"],
+             "groups_with_spread": len(variance_filter(returns, keep=1)), "spearman": rho, "grad_share_action": share,
+             "seconds": time.perf_counter() - started}
+    write(Path(s.out) / "diagnosis.json", json.dumps(found, indent=1) + "\n")
+    drawn = plot_diagnosis(means, variance, rho, Path(s.out) / "diagnosis.png")
+    print(f"{groups} groups of {s.rollouts}, {found['agent']} agent, temperature {s.temperature}; {found['groups_with_spread']} "
+          f"groups have any spread of returns")
+    print(f"action tokens: {100 * found['action_fraction']:.1f} % of what was generated")
+    print("Spearman's rho of a group's reward variance with its mean signal, 95 % bootstrap interval over groups:")
+    print(f"{'':10}" + "".join(f"{kind:28}" for kind in kinds))
+    for name in SIGNALS:
+        cells = [rho[f"{name}, {kind}"] for kind in kinds]
+        print(f"{name:10}" + "".join(f"{'constant' if math.isnan(r) else f'{r:+.2f} ({low:+.2f}..{high:+.2f})':28}"
+                                     for r, low, high in cells).rstrip())
+    for credit, value in share.items():
+        print(f"share of the squared gradient norm that comes from action tokens, {credit} credit: {100 * value:.1f} %")
+    print(f"{found['seconds']:.0f} seconds; written to {s.out}: diagnosis.json" + (", diagnosis.png" if drawn else ""))
+    return found
+
+
+def plot_diagnosis(means, variance, rho, path):
+    """Reward variance over mean energy, a point a group; False where matplotlib is not installed."""
+    if not (plt := pyplot()):
+        return False
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, kind in zip(axes, ("action tokens", "reasoning tokens")):
+        axis.scatter(means["energy", kind], variance, s=9, alpha=0.6)
+        axis.set(title=f"{kind}, rho {rho[f'energy, {kind}'][0]:+.2f}", xlabel="mean energy of the group's tokens (nats)")
+    axes[0].set_ylabel("variance of the group's returns")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+SHADES = (229, 222, 215, 208, 202, 196)  # of the terminal's 256 colours, pale to red
+
+
+def shaded(text, weight, is_action, settings, colour):
+    """A token as it is shown: reasoning dim, action tokens the redder the more they weigh; marks instead without colour."""
+    if not is_action:
+        return f"\x1b[2m{text}\x1b[0m" if colour else text
+    if not colour:
+        return f"[{text.strip()} {weight:.2f}]"
+    place = (weight - 1) / settings.beta if settings.beta else 1.0
+    return f"\x1b[30;48;5;{SHADES[min(int(place * len(SHADES)), len(SHADES) - 1)]}m{text}\x1b[0m"
+
+
+def beside(board, tokens, width):
+    """Lines of a board with a text to its right; tokens: [(text as it is, text as it is shown)], broken to fit the width."""
+    left = max(map(len, board), default=0) + 3
+    lines, length = [""], 0
+    for plain, shown in tokens:
+        if length and length + len(plain) > width - left:
+            lines, length = [*lines, ""], 0
+        lines[-1] += shown
+        length += len(plain)
+    rows = max(len(board), len(lines))
+    return [f"{a:{left}}{b}".rstrip() for a, b in zip([*board, *[""] * (rows - len(board))], [*lines, *[""] * (rows - len(lines))])]
+
+
+def show(settings, checkpoint):
+    """Print one episode turn by turn, the board beside the response, each token shaded by its ActFocus weight.
+
+    The episode is the most instructive of a group of G on one board: the one with the largest advantage.
+    """
+    s, colour = settings, sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    policy, reference, tokenizer = agent_at(s, checkpoint)
+    env, rng = s.make_env(), np.random.default_rng(s.seeds[0])
+    generator = torch.Generator(s.torch_device()).manual_seed(s.seeds[0])
+    for seed in draw_seeds(env, rng, 20, first_observations(env, s)):  # until one group has spread
+        played = play(policy, tokenizer, [copy.deepcopy(env) for _ in range(s.rollouts)], [seed] * s.rollouts, s, s.temperature,
+                      generator)
+        advantages = group_advantages(played.returns[None])[0]
+        if advantages.any():
+            break
+    batch = Learner(policy, reference, "grpo", "actfocus", s).prepare(played, advantages)
+    if batch is None:
+        raise Diverged("the model's numbers are not finite")
+    row = int(advantages.argmax())
+    if hasattr(env, "observation"):  # people read grids
+        env.observation = "grid"
+    env.reset(seed=seed)
+    width = shutil.get_terminal_size((110, 24)).columns
+    print(f"{env.name}, board of seed {seed}, {checkpoint or 'the base agent'}: the best of {s.rollouts} episodes. Reasoning weighs "
+          f"{s.alpha}, action tokens 1 to {1 + s.beta}, " + ("the redder the more." if colour else "as in [Up 1.23]."))
+    readable = lambda text: "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+    for turn in range(int(played.turns[row])):
+        where = (played.turn_ids[row] == turn).nonzero()[:, 0]
+        tokens = []
+        for t in where.tolist():
+            text = readable(tokenizer.decode([int(played.ids[row, t])], clean_up_tokenization_spaces=False))
+            tokens.append((text, shaded(text, float(batch["weights"][row, t]), bool(played.action_mask[row, t]), s, colour)))
+        print(f"\nturn {turn + 1}")
+        print("\n".join(beside(env.render().splitlines(), tokens, width)))
+        words = played.ids[row, where].tolist()
+        answer = tokenizer.decode(words[:-1] if words[-1] == tokenizer.eos_token_id else words, clean_up_tokenization_spaces=False)
+        _, reward, *_ = env.step(answer)
+        print(f"reward {reward:+.1f}")
+    print("\n" + "\n".join(env.render().splitlines()))
+    print(f"return {float(played.returns[row]):+.1f}, advantage {float(advantages[row]):+.2f} (the group's returns: "
+          f"{' '.join(f'{value:.1f}' for value in played.returns.tolist())}), "
+          + ("solved" if played.success[row] else "not solved"))
+
+
 # The command line -----------------------------------------------------------------------------------------------------
 
 
@@ -910,9 +1138,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(arguments):
-    """Command line -> (Settings, lines of finished arms, lock on the output directory, to be held).
+    """Command line -> (Settings, what to do, lock on the output directory, to be held).
 
-    Anything wrong with it ends in one line on stderr and exit code 2.
+    What to do: a namespace of `finished` (lines of finished arms, None to begin anew), `diagnose`, `show` (None, or a
+    checkpoint's path, "" for the agent that training starts from) and `groups`. Anything wrong with it ends in one line on stderr and exit code 2.
     """
     parser = OneLineParser("train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -930,11 +1159,25 @@ def parse(arguments):
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same --out and settings")
     parser.add_argument("--preset", choices=PRESETS, help="other defaults. paper: its boards, budgets and numbers of "
                         "steps, with a larger built-in agent; meant for a GPU")
+    parser.add_argument("--diagnose", nargs="?", const="", metavar="CHECKPOINT", help="instead of training: measure on the "
+                        "agent, or on a checkpoint, how energy and reward variance go together, and who gives the gradient")
+    parser.add_argument("--groups", type=int, default=200, help="groups that --diagnose plays")
+    parser.add_argument("--show", nargs="?", const="", metavar="CHECKPOINT", help="instead of training: print one episode of "
+                        "the agent, or of a checkpoint, with each token's weight")
     known, _ = parser.parse_known_args(arguments)
     parser.set_defaults(**ENV_DEFAULTS.get(known.env, {}) | PRESETS.get(known.preset, {}))
     values = vars(parser.parse_args(arguments))
     resume, _ = values.pop("resume"), values.pop("preset")
+    to_do = argparse.Namespace(**{name: values.pop(name) for name in ("diagnose", "groups", "show")})
+    looks = [path for path in (to_do.diagnose, to_do.show) if path is not None]
     try:
+        if to_do.groups < 2:
+            raise ValueError(f"groups: {to_do.groups} is fewer than 2")
+        if len(looks) + resume > 1:
+            raise ValueError("--diagnose, --show and --resume exclude each other")
+        for path in filter(None, looks):
+            if not Path(path).is_file():
+                raise ValueError(f"there is no checkpoint {path!r}")
         settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
         settings.torch_device()
         if settings.model != "tiny":
@@ -942,11 +1185,11 @@ def parse(arguments):
         for directory in (settings.out, settings.cache):
             Path(directory).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
-        lock = only_run(Path(settings.out))
-        finished = finished_arms(settings) if resume else None
+        lock = None if looks else only_run(Path(settings.out))
+        to_do.finished = finished_arms(settings) if resume else None
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
-    return settings, finished, lock
+    return settings, to_do, lock
 
 
 def check_model(name):
@@ -961,14 +1204,20 @@ def check_model(name):
 
 
 def main(arguments=None):
-    settings, finished, _lock = parse(arguments)
+    settings, to_do, _lock = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the training processes too
     try:
-        compare(settings, finished)
+        if to_do.diagnose is not None:
+            diagnose(settings, to_do.diagnose, to_do.groups)
+        elif to_do.show is not None:
+            show(settings, to_do.show)
+        else:
+            compare(settings, to_do.finished)
     except KeyboardInterrupt:
-        print(f"\ninterrupted: the same command with --resume goes on from {settings.out}", file=sys.stderr)
+        again = "" if to_do.diagnose or to_do.show else f": the same command with --resume goes on from {settings.out}"
+        print(f"\ninterrupted{again}", file=sys.stderr)
         sys.exit(130)
-    except (Diverged, OSError) as error:  # numbers gone bad; a full disk, a directory that went away
+    except (Diverged, OSError, ValueError) as error:  # numbers gone bad; a full disk, a directory that went away
         sys.exit(f"train.py: {error}")
 
 

@@ -423,7 +423,8 @@ def test_every_setting_is_explained(capsys):
 def test_the_table_reports_means_ranges_and_who_won():
     def arm(algo, credit, seed, *success):
         return {"algo": algo, "credit": credit, "seed": seed, "eval_steps": [0, 10], "eval_success": list(success),
-                "final_success": success[-1], "peak_success": max(success)}
+                "final_success": success[-1], "peak_success": max(success),
+                "final_board_success": [success[-1] - 0.1, success[-1] + 0.1]}
     arms = [arm("grpo", "uniform", 0, 0.2, 0.4), arm("grpo", "uniform", 1, 0.5, 0.3), arm("grpo", "actfocus", 0, 0.2, 0.7),
             arm("grpo", "actfocus", 1, 0.5, 0.2)]
     config = dataclasses.asdict(Settings(seeds=(0, 1)))
