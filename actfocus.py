@@ -102,7 +102,7 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
     L = -(1 / weight_sum) sum_t w_t min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t), rho_t = exp(logprobs -
     old_logprobs). weight_sum is the sum of weights over the whole optimiser minibatch. Where a call sees only a part of it
     (a micro-batch), pass the whole's sum: the parts' losses and gradients then add up to the whole's. A mean per micro-batch
-    would not. Without any weight the loss is 0.
+    would not. Without any weight the loss is 0. clip_low and clip_high: a number, or a tensor [B, T] where the range differs.
 
     stats, plain means over the tokens with weight > 0, no gradient: approx_kl (rho - 1 - log rho, Schulman's k3, nats),
     clip_fraction (rho outside the clip range, whatever the advantage's sign), ratio_mean.
@@ -110,8 +110,12 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
     """
     for name, tensor in (("old_logprobs", old_logprobs), ("advantages", advantages), ("weights", weights)):
         _check(name, tensor, logprobs)
-    if not (0 <= clip_low <= 1 and clip_high >= 0):
-        raise ValueError(f"need clip_low in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}")
+    for name, bound, most in (("clip_low", clip_low, 1), ("clip_high", clip_high, float("inf"))):
+        bound = torch.as_tensor(bound)
+        if bound.dim():
+            _check(name, bound, logprobs)
+        if not ((bound >= 0) & (bound <= most)).all():
+            raise ValueError("need clip_low in [0, 1] and clip_high >= 0")
     _check_finite("weights", weights)
     if (weights < 0).any():
         raise ValueError("weights must not be negative")
@@ -191,6 +195,120 @@ def gae(rewards, values, response_mask, *, gamma=1.0, lam=1.0):
         next_advantage = torch.where(here, advantage, next_advantage)
         advantages[:, t] = torch.where(here, advantage, 0.0)
     return advantages, torch.where(response_mask, advantages + values, 0.0)
+
+
+# Credit by turns: the rivals -------------------------------------------------------------------------------------------
+
+
+def tree_advantages(parent, returns):
+    """CARL (arXiv 2512.04949): credit of every response in a tree of rollouts, parent[E], returns[E] -> advantages[E] float32.
+
+    An edge is one response; edges stand in the order they were sampled. parent[e]: the edge whose end state e continues from,
+    -1 at the root. returns[e]: the episode's return where e ended it, nan elsewhere. With V(leaf) = its return and V(state) =
+    the plain mean over the edges sampled from it, A(e) = V(end of e) - V(start of e), not normalised.
+    ValueError: an edge before its parent, a return on an edge that others continue, none on one that nothing continues.
+    """
+    parent, returns = torch.as_tensor(parent), torch.as_tensor(returns)
+    _check("parent", parent, returns)
+    if parent.dim() != 1 or parent.is_floating_point():
+        raise ValueError(f"parent must be [E] integers, got {parent.dtype} of shape {tuple(parent.shape)}")
+    edges, ends = parent.tolist(), (~torch.isnan(returns)).tolist()
+    if any(not -1 <= up < e for e, up in enumerate(edges)):
+        raise ValueError("parent must name an earlier edge, or -1 at the root")
+    if torch.isinf(returns).any():
+        raise ValueError("returns must not be infinite")
+    value = returns.double().tolist()  # of each edge's end
+    children = [[] for _ in range(len(edges) + 1)]  # the last: the root's, since parent -1 names it
+    for e, up in enumerate(edges):
+        children[up].append(e)
+    for e in reversed(range(len(edges))):  # children come after their parent: leaves first
+        if ends[e] == bool(children[e]):
+            raise ValueError(f"edge {e} {'has a return but goes on' if ends[e] else 'ends without a return'}")
+        if children[e]:
+            value[e] = sum(value[c] for c in children[e]) / len(children[e])
+    root = sum(value[c] for c in children[-1]) / max(len(children[-1]), 1)
+    start = [value[up] if up >= 0 else root for up in edges]
+    return torch.tensor([v - u for v, u in zip(value, start)], dtype=torch.float32, device=returns.device)
+
+
+def turn_gain_advantages(gain, turn_mask, returns, group, *, gamma=1.0, scale=0.3):
+    """A2TGPO (arXiv 2605.06200): outcome plus information gain of each turn -> (advantages[B, K], normalised_gain[B, K]).
+
+    gain[B, K]: how much the mean log-prob of the gold answer rose in turn k (nats); turn_mask[B, K] bool: turns that were
+    played; returns[B]; group[B]: trajectories of one prompt share a number. The gain is standardised among the same turn
+    of the same group (population deviation + 1e-6; 0 for a turn without a peer or without spread), then
+    D_k = sum_{j >= k} gamma^(j - k) gain_j / sqrt(number of terms) over the turns played. A turn's advantage is that of its
+    trajectory in the group (group_advantages) + scale * D_k, without the second part in the last turn, whose answer the outcome
+    judges already. Both results are 0 outside turn_mask.
+    """
+    _check("turn_mask", turn_mask, gain, torch.bool)
+    if gain.dim() != 2:
+        raise ValueError(f"gain must be [B, K], got shape {tuple(gain.shape)}")
+    _check("returns", returns, gain[:, 0] if gain.shape[1] else gain.sum(1))
+    _check("group", group, returns)
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
+    if not 0 <= scale < float("inf"):
+        raise ValueError(f"scale must be finite and at least 0, got {scale}")
+    _check_finite("gain", gain, turn_mask)
+    outcome = torch.zeros_like(returns, dtype=torch.float32)
+    normalised = torch.zeros(gain.shape, dtype=torch.float64, device=gain.device)
+    for members in (group == g for g in group.unique()):
+        outcome[members] = group_advantages(returns[members][None])[0]
+        for k in range(gain.shape[1]):
+            peers = members & turn_mask[:, k]
+            if peers.any():
+                values = gain[peers, k].double()
+                spread = _population_spread(values)
+                normalised[peers, k] = (values - values.mean()) / (spread + 1e-6) if spread > 0 else 0.0
+    total, count = torch.zeros_like(outcome, dtype=torch.float64), torch.zeros_like(outcome)  # [B]: of the turns after k
+    ahead = torch.zeros_like(normalised)
+    for k in reversed(range(gain.shape[1])):
+        here = turn_mask[:, k]
+        total = torch.where(here, normalised[:, k], 0.0) + gamma * total
+        count = count + here
+        ahead[:, k] = torch.where(here & (count > 1), total / count.clamp(min=1).sqrt(), 0.0)  # count 1: the last turn
+    advantages = torch.where(turn_mask, outcome[:, None] + scale * ahead, 0.0)
+    return advantages.float(), normalised.float()
+
+
+def _population_spread(values):
+    """Population deviation of values[N]; exactly 0 for rounding noise."""
+    span = values.max() - values.min()
+    return values.std(correction=0) if span > 1e-6 * values.abs().max() else torch.zeros_like(span)
+
+
+def turn_clip_scale(normalised_gain, turn_mask, *, strength=0.3):
+    """A2TGPO's adaptive clip: factor c[B, K] on the clip range, 1 + strength * (2 sigmoid(gain) - 1), and 1 in the last turn.
+
+    The range of a turn is [1 - c * clip_low, 1 + c * clip_high]: wider where a turn brought more than its peers' did.
+    """
+    _check("turn_mask", turn_mask, normalised_gain, torch.bool)
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {strength}")
+    factor = 1 + strength * (2 * torch.sigmoid(normalised_gain.float()) - 1)
+    last = turn_mask & (turn_mask.flip(1).cumsum(1).flip(1) == 1)
+    return torch.where(turn_mask & ~last, factor, 1.0)
+
+
+def turn_logprobs(logprobs, old_logprobs, turn_ids):
+    """Log-probs whose ratio to old_logprobs is that of the whole turn, all [B, T], for weighted_policy_loss (A2TGPO, GSPO).
+
+    The ratio's value is exp(mean log-ratio of the turn's tokens), its gradient the token's own (straight-through). turn_ids: the
+    turn of each response token, -1 elsewhere. A turn must not be split between calls.
+    """
+    _check("old_logprobs", old_logprobs, logprobs)
+    _check("turn_ids", turn_ids, logprobs)
+    log_ratio = torch.where(turn_ids >= 0, (logprobs - old_logprobs).detach(), 0.0)  # [B, T]
+    turns = int(turn_ids.max()) + 1 if turn_ids.numel() else 0
+    place = turn_ids.clamp(min=-1) + 1  # [B, T], 0: no response token
+    sums = torch.zeros(len(logprobs), turns + 1, dtype=log_ratio.dtype, device=logprobs.device)
+    counts = sums.scatter_add(1, place, torch.ones_like(log_ratio))
+    mean = (sums.scatter_add(1, place, log_ratio) / counts.clamp(min=1)).gather(1, place)  # [B, T]
+    return torch.where(turn_ids >= 0, logprobs - logprobs.detach() + old_logprobs.detach() + mean, logprobs)
+
+
+# Which groups are trained on ------------------------------------------------------------------------------------------
 
 
 def variance_filter(returns, keep=0.25):

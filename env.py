@@ -92,6 +92,10 @@ class Env:
         """True sentences about the current state: what a careful reasoner would write down."""
         raise NotImplementedError
 
+    def gold(self):
+        """The right answer as text, if the task has one (A2TGPO measures how a turn changes the belief in it); else None."""
+        return None
+
     def ceiling(self):
         """Probability of success from here under the best play within the budgets."""
         plan = self.oracle()
@@ -542,6 +546,10 @@ class Sudoku(Env):
             plan.append(f"place {trial[cell]} at row {cell // 4 + 1} col {cell % 4 + 1}")
         return plan
 
+    def gold(self):
+        """What is still to be placed, "" once it is solved."""
+        return " || ".join(self.oracle())
+
     def _possible(self):
         """For every empty cell, what the rules allow there."""
         return [f"row {cell // 4 + 1} col {cell % 4 + 1} can be {' '.join(map(str, self.candidates(cell))) or 'nothing'}"
@@ -761,6 +769,10 @@ class Shop(Env):
                     turning = ["click[next page]" if pages > 0 else "click[previous page]"] * abs(pages)
                     plans.append([*way, *turning, f"click[{self.products[i].name}]", *choose({}), "click[buy now]"])
         return min(plans, key=len, default=None)
+
+    def gold(self):
+        """The purchase: the target, its options, buy now."""
+        return " || ".join(f"click[{thing}]" for thing in (self.target.name, *self.wanted_options.values(), "buy now"))
 
     # What the agent reads ------------------------------------------------------------------------------------------
 

@@ -51,18 +51,43 @@ class Trajectories:
     facts_stated: torch.Tensor  # [B] int64: sentences of the reasoning that the environment can check
     facts_true: torch.Tensor  # [B] int64: those of them that held when they were written
     outcome: dict[str, torch.Tensor]  # name -> [B] float32: what the environment's `outcome` says of the finished episodes
+    probes: list  # B lists of Probe, one before the first turn and one after each, where the task has a gold answer
+    edges: list  # B lists of Edge, one a turn that the row sampled, where the rows form trees (tree_rollout)
 
     def __len__(self):
         return len(self.ids)
 
     def select(self, rows):
         """The given rows, without the padding that none of them needs."""
-        pick = lambda x: {name: pick(value) for name, value in x.items()} if isinstance(x, dict) else x[rows]
+        def pick(x):
+            if isinstance(x, dict):
+                return {name: pick(value) for name, value in x.items()}
+            return [x[row] for row in rows.tolist()] if isinstance(x, list) else x[rows]
         picked = Trajectories(**{field.name: pick(getattr(self, field.name)) for field in fields(self)})
         longest = int(picked.lengths.max()) if len(picked) else 0
         for name in ("ids", "response_mask", "action_mask", "turn_ids", "logprobs"):
             setattr(picked, name, getattr(picked, name)[:, :longest])
         return picked
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where the belief in the gold answer is read: after the first `length` ids of a trajectory, and `more`."""
+
+    length: int
+    more: list[int]  # ids up to where a response would begin
+    gold: str
+
+
+@dataclass
+class Edge:
+    """One response in a tree of rollouts."""
+
+    parent: int  # the edge of the same tree that it continues, -1 at the root
+    turn: int  # its tokens are those of its row with this turn id
+    nll: float  # minus the mean log-prob of its tokens
+    returns: float  # the episode's return where it ended the episode, else nan
+    forked: bool = False  # whether the state it starts from was picked for a fork
 
 
 # Text and tokens ------------------------------------------------------------------------------------------------------
@@ -128,11 +153,26 @@ class Transcript:
         self.chat, self.env, self.max_length = chat, env, max_context - max_response_tokens
         self.ids, self.turn, self.action, self.logprobs = [], [], [], []
         self.rewards, self.valid, self.success, self.fed, self.facts = [], [], False, 0, [0, 0]
+        self.probes, self.states = [], None  # states: a snapshot before each response, where they are asked for
         observation, _ = env.reset(seed=seed)
         self._append(chat.opening(observation))
         if len(self.ids) > self.max_length:
             raise ValueError(f"the first prompt has {len(self.ids)} tokens: with {max_response_tokens} for the response it "
                              f"does not fit a context of {max_context}")
+        self._probe([])
+
+    def fork(self):
+        """The episode as it stands now, to be continued: what was sampled so far is context to it, no response of its own."""
+        other = copy.copy(self)
+        for name in ("ids", "action", "logprobs", "rewards", "probes"):
+            setattr(other, name, list(getattr(self, name)))
+        other.action, other.turn = [False] * len(self.ids), [-1] * len(self.ids)
+        other.env, other.valid, other.facts, other.fed, other.states = copy.deepcopy(self.env), [], [0, 0], 0, []
+        return other
+
+    def _probe(self, more):
+        if (gold := self.env.gold()) is not None:
+            self.probes.append(Probe(len(self.ids), more, gold))
 
     def _append(self, ids, turn=-1, action=None, logprobs=None):
         self.ids += ids
@@ -142,6 +182,8 @@ class Transcript:
 
     def respond(self, ids, logprobs=None):
         """Record a response, play it, and append what the environment says -> whether the episode goes on."""
+        if self.states is not None:
+            self.states.append(self.fork())
         stopped = ids[-1] in self.chat.stop_ids
         words = ids[:-1] if stopped else ids
         self._append(ids, len(self.rewards), self.chat.actions(words) + [False] * stopped, logprobs)
@@ -150,12 +192,13 @@ class Transcript:
         self.valid.append(info["valid"])
         self.success = info["success"]
         self.facts = [total + new for total, new in zip(self.facts, info["facts"])]
-        if terminated or truncated:
-            return False
+        over = terminated or truncated
         bridge = self.chat.bridge(observation, ended=ids[-1] == self.chat.tokenizer.eos_token_id)
-        if len(self.ids) + len(bridge) > self.max_length:  # no room for another turn
+        if over or len(self.ids) + len(bridge) > self.max_length:  # no room for another turn
+            self._probe(bridge)
             return False
         self._append(bridge)
+        self._probe([])
         return True
 
 
@@ -174,10 +217,11 @@ def pack(transcripts, pad_id):
         returns=torch.tensor([sum(t.rewards) for t in transcripts], dtype=torch.float32),
         success=torch.tensor([t.success for t in transcripts]),
         valid=torch.tensor([sum(t.valid) / len(t.valid) for t in transcripts]),
-        turns=torch.tensor([len(t.rewards) for t in transcripts]),
+        turns=torch.tensor([len(t.valid) for t in transcripts]),
         facts_stated=torch.tensor([t.facts[0] for t in transcripts]), facts_true=torch.tensor([t.facts[1] for t in transcripts]),
         outcome={name: torch.tensor([t.env.outcome()[name] for t in transcripts], dtype=torch.float32)
-                 for name in transcripts[0].env.outcome()})
+                 for name in transcripts[0].env.outcome()},
+        probes=[t.probes for t in transcripts], edges=[[] for _ in transcripts])
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
@@ -309,35 +353,115 @@ def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, 
     response is cut, and lacks its end-of-turn token. generator: torch.Generator on the model's device. max_context: an episode
     ends where the next turn might not fit; the model's own limit by default. FloatingPointError: logits that are not finite.
     """
-    if len(envs) != len(seeds) or not envs:
-        raise ValueError(f"need one seed an environment and at least one, got {len(envs)} and {len(seeds)}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if max_response_tokens < 1:
-        raise ValueError(f"max_response_tokens must be at least 1, got {max_response_tokens}")
-    max_context = max_context or getattr(model.config, "max_position_embeddings", None) or 2**31
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    also = getattr(model.generation_config, "eos_token_id", None)
-    stop_ids = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
-    chats = {env.system_prompt: Chat(tokenizer, env.system_prompt, stop_ids) for env in envs}
-    transcripts = [Transcript(chats[env.system_prompt], env, seed, max_context, max_response_tokens)
-                   for env, seed in zip(envs, seeds)]
-    was_training = model.training
-    model.eval()
-    decoder, playing = Decoder(model, len(transcripts)), list(range(len(transcripts)))
-    while playing:
-        decoder.keep(playing)
-        sampled = sample_turn(decoder, [transcripts[i].ids[transcripts[i].fed:] for i in playing], stop_ids, pad_id, temperature,
-                              max_response_tokens, generator)
-        going_on = []
-        for i in playing:
-            t, (ids, logprobs) = transcripts[i], sampled[i]
-            t.fed = len(t.ids) + len(ids) - 1
-            if t.respond(ids, logprobs):
-                going_on.append(i)
-        playing = going_on
-    model.train(was_training)
-    return pack(transcripts, pad_id)
+    sampler = Sampler(model, tokenizer, temperature, max_response_tokens, generator)
+    transcripts = sampler.open(envs, seeds, max_context)
+    sampler.finish(transcripts)
+    return pack(transcripts, sampler.pad_id)
+
+
+class Sampler:
+    """A model with its tokenizer and how it is sampled from; plays episodes to their end."""
+
+    def __init__(self, model, tokenizer, temperature, max_response_tokens, generator):
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        if max_response_tokens < 1:
+            raise ValueError(f"max_response_tokens must be at least 1, got {max_response_tokens}")
+        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
+        self.max_response_tokens, self.generator = max_response_tokens, generator
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        also = getattr(model.generation_config, "eos_token_id", None)
+        self.stop_ids = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
+
+    def open(self, envs, seeds, max_context=None):
+        """A Transcript of each environment, up to where the first response begins."""
+        if len(envs) != len(seeds) or not envs:
+            raise ValueError(f"need one seed an environment and at least one, got {len(envs)} and {len(seeds)}")
+        max_context = max_context or getattr(self.model.config, "max_position_embeddings", None) or 2**31
+        chats = {env.system_prompt: Chat(self.tokenizer, env.system_prompt, self.stop_ids) for env in envs}
+        return [Transcript(chats[env.system_prompt], env, seed, max_context, self.max_response_tokens)
+                for env, seed in zip(envs, seeds)]
+
+    def finish(self, transcripts):
+        """Play all of them on to the end of their episodes."""
+        was_training = self.model.training
+        self.model.eval()
+        decoder, playing = Decoder(self.model, len(transcripts)), list(range(len(transcripts)))
+        while playing:
+            decoder.keep(playing)
+            sampled = sample_turn(decoder, [transcripts[i].ids[transcripts[i].fed:] for i in playing], self.stop_ids, self.pad_id,
+                                  self.temperature, self.max_response_tokens, self.generator)
+            going_on = []
+            for i in playing:
+                t, (ids, logprobs) = transcripts[i], sampled[i]
+                t.fed = len(t.ids) + len(ids) - 1
+                if t.respond(ids, logprobs):
+                    going_on.append(i)
+            playing = going_on
+        self.model.train(was_training)
+
+
+# Trees (CARL) ---------------------------------------------------------------------------------------------------------
+
+
+class Tree:
+    """Rollouts of one prompt that branch; a node is a state in which the policy responded, an edge a response."""
+
+    def __init__(self):
+        self.edges = []  # of all rows, in the order they were sampled
+        self.nodes = []  # [snapshot, edge that led to it, edges sampled from it]
+
+    def grow(self, transcript, node=None):
+        """Add a finished transcript that began at a node (None: at the root) -> its edges, one a turn."""
+        if node is None:
+            if not self.nodes:
+                self.nodes.append([transcript.states[0], -1, []])
+            node = self.nodes[0]
+        own, first = [], len(transcript.rewards) - len(transcript.valid)
+        for turn, snapshot in enumerate(transcript.states, first):
+            if own:
+                node = [snapshot, len(self.edges) - 1, []]
+                self.nodes.append(node)
+            logprobs = [x for x, k in zip(transcript.logprobs, transcript.turn) if k == turn]
+            own.append(Edge(parent=node[1], turn=turn, nll=-sum(logprobs) / len(logprobs), returns=float("nan")))
+            node[2].append(own[-1])
+            self.edges.append(own[-1])
+        own[-1].returns = float(sum(transcript.rewards))
+        return own
+
+    def critical(self):
+        """The node that is forked next: the largest H / n, H = mean NLL of the n responses sampled from it; the oldest of equals."""
+        return max(self.nodes, key=lambda node: statistics.fmean(edge.nll for edge in node[2]) / len(node[2]))
+
+
+@torch.no_grad()
+def tree_rollout(model, tokenizer, envs, *, seeds, roots, forks, temperature, max_response_tokens, generator, max_context=None):
+    """A tree of rollouts for each seed, by CARL's rule -> Trajectories of P * (roots + forks) rows, tree by tree.
+
+    `roots` episodes from the start, then `forks` times: the most critical state of each tree (Tree.critical) is restored, from
+    the kept ids and a copy of the environment, and one more episode is played from it to the end. The forks of one round are
+    sampled together across trees. envs: P * roots environments, seeds: P. A row's response_mask covers what that row sampled;
+    the ids before are another row's. `edges` tells how rows hang together.
+    """
+    sampler = Sampler(model, tokenizer, temperature, max_response_tokens, generator)
+    opened = sampler.open(envs, [seed for seed in seeds for _ in range(roots)], max_context)
+    for transcript in opened:
+        transcript.states = []
+    sampler.finish(opened)
+    trees, rows = [Tree() for _ in seeds], [[] for _ in seeds]  # rows: (transcript, its edges)
+    for i, transcript in enumerate(opened):
+        rows[i // roots].append((transcript, trees[i // roots].grow(transcript)))
+    for _ in range(forks):
+        nodes = [tree.critical() for tree in trees]
+        continued = [node[0].fork() for node in nodes]
+        sampler.finish(continued)
+        for tree, row, node, transcript in zip(trees, rows, nodes, continued):
+            row.append((transcript, tree.grow(transcript, node)))
+            for edge in node[2]:
+                edge.forked = True
+    trajectories = pack([transcript for row in rows for transcript, _ in row], sampler.pad_id)
+    trajectories.edges = [edges for row in rows for _, edges in row]
+    return trajectories
 
 
 # Scoring --------------------------------------------------------------------------------------------------------------
@@ -362,6 +486,38 @@ def score(model, ids, response_mask, temperature=1.0):
     stats = token_stats(hidden, weight, ids[:, 1:][here], bias=head.bias, temperature=temperature)
     blank = torch.zeros(ids.shape, device=ids.device)
     return TokenStats(*(blank.masked_scatter(response_mask, values) for values in stats), hidden)
+
+
+SCAFFOLD = "<think></think><answer>"  # closes the reasoning and opens the answer
+
+
+@torch.no_grad()
+def beliefs(model, tokenizer, trajectories, micro_batch=16):
+    """Mean log-prob of the gold answer before the first turn and after each, [B, K + 1] float32; 0 past a row's last turn.
+
+    Teacher-forced: the gold answer follows the context and SCAFFOLD (A2TGPO). What is equal, the prompts of a group say, is
+    read once. With nothing left to answer (a solved Sudoku) the belief is 0, the log of certainty.
+    """
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    scaffold, wanted, places = encode(SCAFFOLD), {}, []
+    for row, probes in enumerate(trajectories.probes):
+        ids = trajectories.ids[row].tolist()
+        for k, probe in enumerate(probes):
+            if probe.gold:
+                places.append((row, k, (tuple(ids[: probe.length] + probe.more + scaffold), tuple(encode(probe.gold)))))
+                wanted[places[-1][2]] = 0.0
+    queue = sorted(wanted, key=lambda pair: len(pair[0]) + len(pair[1]))
+    for start in range(0, len(queue), micro_batch):
+        part = queue[start:start + micro_batch]
+        ids, gold = (nn.utils.rnn.pad_sequence([torch.tensor(value) for value in values], batch_first=True) for values in (
+            [context + answer for context, answer in part],
+            [[False] * len(context) + [True] * len(answer) for context, answer in part]))
+        logprobs = score(model, ids.to(model.device), gold.to(model.device)).logprobs.cpu()
+        wanted.update(zip(part, (logprobs.sum(1) / gold.sum(1)).tolist()))
+    out = torch.zeros(len(trajectories), max(map(len, trajectories.probes), default=0))
+    for row, k, pair in places:
+        out[row, k] = wanted[pair]
+    return out
 
 
 # The built-in agent ---------------------------------------------------------------------------------------------------

@@ -41,9 +41,9 @@ from tqdm import tqdm
 import env as environments
 import kernels
 import rollout as sampling
-from actfocus import (SIGNALS, gae, group_advantages, spearman, token_signal, token_weights, variance_filter,
-                      weighted_policy_loss)
-from rollout import load_agent, score
+from actfocus import (SIGNALS, gae, group_advantages, spearman, token_signal, token_weights, tree_advantages, turn_clip_scale,
+                      turn_gain_advantages, turn_logprobs, variance_filter, weighted_policy_loss)
+from rollout import beliefs, load_agent, score
 
 try:
     import fcntl
@@ -60,11 +60,12 @@ TINY_BOARDS = {"sokoban": {"walls": 0, "min_moves": 2, "max_moves": 6, "max_turn
 ENV_DEFAULTS = {"sudoku": {"max_response_tokens": 140}}  # its facts name every row, column and box
 PRESETS = {"paper": {"paper_boards": True, "steps": 200, "max_response_tokens": 400, "eval_boards": 32, "eval_rollouts": 16,
                      "width": 128, "layers": 4, "warm_steps": 6000, "warm_episodes": 12000}}
-CREDITS = {"uniform": lambda settings: {"alpha": 1.0, "beta": 0.0},
-           "actfocus": lambda settings: {"alpha": settings.alpha, "beta": settings.beta}}
+# A credit is a way to advantages (METHODS below), ActFocus's token weights, or both, joined by +
+CREDITS = ("uniform", "actfocus", "carl", "a2tgpo")
 # What a credit may have for itself, as in `--credits uniform uniform:lr=3e-5 actfocus:alpha=0.3,signal=nll`
 OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "epochs", "lr", "critic_lr", "clip_low", "clip_high",
-                "value_clip", "gamma", "lam", "entropy_coef", "kl_coef", "max_grad_norm")
+                "value_clip", "gamma", "lam", "entropy_coef", "kl_coef", "max_grad_norm", "tree_roots", "tree_forks", "turn_clip")
+A2TGPO_CLIP = (0.003, 0.004)  # its paper's range of a turn's ratio
 EVALUATION_SEED, VALIDATION_SEED = 1_000_000_000, 2_000_000_000  # training boards are drawn from below both
 
 
@@ -87,14 +88,21 @@ class Settings:
     model: str = setting("tiny", "'tiny' (built in, taught here) or a Hugging Face model id or directory (paper: Qwen2.5 "
                                  "0.5B, 1.5B, 3B Instruct)")
     algos: tuple[str, ...] = setting(("ppo", "grpo"), "algorithms to compare", choices=("ppo", "grpo"))
-    credits: tuple[str, ...] = setting(("uniform", "actfocus"), f"credits to compare: any of {', '.join(CREDITS)}, each with "
-                                                           "settings of its own if wanted, as in actfocus:alpha=0.3,lr=3e-5")
+    credits: tuple[str, ...] = setting(("uniform", "actfocus"), f"credits to compare: any of {', '.join(CREDITS)}, or two "
+                                                           "joined by + (carl+actfocus), each with settings of its own if "
+                                                           "wanted, as in actfocus:alpha=0.3,lr=3e-5")
     seeds: tuple[int, ...] = setting((0,), "seeds, one arm each for every algorithm and credit", low=0)
     out: str = setting("runs/latest", "output directory")
     # the method
     alpha: float = setting(0.1, "ActFocus: weight of reasoning tokens", low=0, high=1)
     beta: float = setting(0.5, "ActFocus: how far energy raises the weight of action tokens", low=0)
     signal: str = setting("energy", "ActFocus: what ranks the action tokens; random is a control", choices=(*SIGNALS, "random"))
+    # the rivals
+    tree_roots: int = setting(8, "CARL: trajectories of a board from the start, N0 (paper 1 or 8)", low=1)
+    tree_forks: int = setting(8, "CARL: trajectories of a board from its most critical states, N (paper 16; 8 + 8 are as many "
+                                 "as the other credits' G)", low=1)
+    turn_clip: str = setting("paper", "A2TGPO: its paper's clip range, 0.003 and 0.004, or the common one of the other credits",
+                             choices=("paper", "common"))
     # the loop
     steps: int = setting(60, "rollout-update iterations (paper 200)", low=0)
     prompts: int = setting(8, "boards a step, P", low=1)
@@ -162,15 +170,22 @@ class Settings:
                 raise ValueError(f"{name}: name at least one")
         if self.width % 32:
             raise ValueError(f"width: {self.width} is not a multiple of 32, the size of an attention head")
+        env = self.make_env()
+        env.reset(seed=0)  # options that admit no board fail here
         for credit in self.credits:
-            self.of_arm(credit)
-        self.make_env().reset(seed=0)  # options that admit no board fail here
+            name, _ = self.of_arm(credit)
+            method, _ = split_credit(name)
+            if method != "uniform" and self.algos != ("grpo",):
+                raise ValueError(f"credits: {name} brings its own advantages and goes with --algos grpo alone")
+            if method == "a2tgpo" and env.gold() is None:
+                having = [other for other, cls in environments.ENVS.items() if cls.gold is not environments.Env.gold]
+                raise ValueError(f"credits: {name} needs an environment with a gold answer ({', '.join(having)}), "
+                                 f"{self.env} has none")
 
     def of_arm(self, credit):
         """'actfocus:alpha=0.3' -> ('actfocus', the settings of that arm)."""
         name, _, text = credit.partition(":")
-        if name not in CREDITS:
-            raise ValueError(f"credits: {name!r} is not one of {', '.join(CREDITS)}")
+        split_credit(name)
         own = {}
         for option in text.split(",") if text else ():
             key, _, value = option.partition("=")
@@ -211,6 +226,15 @@ class Settings:
     def evaluation_seeds(self):
         start = EVALUATION_SEED if self.boards == "evaluation" else VALIDATION_SEED
         return range(start, start + self.eval_boards)
+
+
+def split_credit(name):
+    """'carl+actfocus' -> ('carl', True): the way to advantages, and whether tokens are weighted."""
+    parts = name.split("+")
+    methods = [part for part in parts if part != "actfocus"]
+    if not set(parts) <= set(CREDITS) or len(set(parts)) < len(parts) or len(methods) > 1:
+        raise ValueError(f"credits: {name!r} is not one of {', '.join(CREDITS)}, or one of them + actfocus")
+    return (methods or ["uniform"])[0], "actfocus" in parts
 
 
 # The agent ------------------------------------------------------------------------------------------------------------
@@ -306,8 +330,45 @@ class Critic(nn.Module):
 
 
 def credit_weights(credit, signal, action_mask, response_mask, settings):
-    """The token weights of a credit; a credit is a pair (alpha, beta)."""
-    return token_weights(signal, action_mask, response_mask, **CREDITS[credit](settings))
+    """The token weights of a credit: ActFocus's, or 1 everywhere."""
+    alpha, beta = (settings.alpha, settings.beta) if split_credit(credit)[1] else (1.0, 0.0)
+    return token_weights(signal, action_mask, response_mask, alpha=alpha, beta=beta)
+
+
+def group_credit(trajectories, returns, agent):
+    """GRPO: one advantage a trajectory. Under PPO the critic's take its place."""
+    return trajectories, {"advantages": group_advantages(returns).flatten()[:, None] * trajectories.response_mask}
+
+
+def tree_credit(trajectories, returns, agent):
+    """CARL: responses are credited with what they changed in the tree's values; only those at forked states are trained."""
+    advantages, trained = torch.zeros(trajectories.ids.shape), torch.zeros_like(trajectories.response_mask)
+    for start in range(0, len(trajectories), returns.shape[1]):
+        tree = [(row, edge) for row in range(start, start + returns.shape[1]) for edge in trajectories.edges[row]]
+        parents, ends = zip(*((edge.parent, edge.returns) for _, edge in tree))
+        for (row, edge), value in zip(tree, tree_advantages(torch.tensor(parents), torch.tensor(ends, dtype=torch.float64))):
+            if edge.forked:
+                here = trajectories.turn_ids[row] == edge.turn
+                advantages[row, here], trained[row, here] = value, True
+    trajectories = dataclasses.replace(trajectories, response_mask=trained, action_mask=trajectories.action_mask & trained)
+    return trajectories, {"advantages": advantages}
+
+
+def turn_credit(trajectories, returns, agent):
+    """A2TGPO: outcome and information gain of each turn; a turn's gain also widens or narrows its clip range."""
+    policy, tokenizer, settings = agent
+    with settings.autocast():
+        belief = beliefs(policy, tokenizer, trajectories, settings.micro_batch)  # [B, K + 1]
+    played = torch.arange(belief.shape[1] - 1) < trajectories.turns[:, None]  # [B, K]
+    group = torch.arange(len(returns)).repeat_interleave(returns.shape[1])
+    advantages, gain = turn_gain_advantages(belief.diff(dim=1), played, returns.flatten(), group)
+    of_token = lambda x: x.gather(1, trajectories.turn_ids.clamp(min=0))  # [B, K] -> [B, T]
+    return trajectories, {"advantages": of_token(advantages) * trajectories.response_mask,
+                          "clip_scale": of_token(turn_clip_scale(gain, played))}
+
+
+# (trajectories, returns[P, G], agent) -> (trajectories, their masks narrowed to what is trained; [B, T] tensors for the loss)
+METHODS = {"uniform": group_credit, "carl": tree_credit, "a2tgpo": turn_credit}
 
 
 def normalise(x, mask):
@@ -346,6 +407,7 @@ class Learner:
     def __init__(self, policy, reference, algo, credit, settings):
         self.policy, self.reference, self.settings = policy, reference, settings
         self.algo, self.credit = algo, credit
+        self.by_turns = split_credit(credit)[0] == "a2tgpo"  # ratios of whole turns, each with a clip range of its own
         if settings.gradient_checkpointing:
             new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # renamed within transformers 5
             getattr(policy, new if hasattr(policy, new) else old)({"use_reentrant": False})
@@ -371,13 +433,16 @@ class Learner:
             optimizer.load_state_dict(saved)
         self.bad_updates, self.micro_batch = state["bad_updates"], state["micro_batch"]
 
-    def prepare(self, trajectories, advantages):
+    def prepare(self, trajectories, credit):
         """Everything that stays fixed during the updates of a step -> dict of tensors, [B, T] unless said otherwise.
 
-        advantages[B]: GRPO's, one a trajectory; PPO computes its own from the critic. None if a model's numbers are not finite.
+        credit: tensors [B, T] that a method made, `advantages` among them; PPO computes those from the critic instead. None if
+        a model's numbers are not finite.
         """
         s, device = self.settings, self.policy.device
-        batch = {name: getattr(trajectories, name).to(device) for name in ("ids", "response_mask", "action_mask", "lengths")}
+        batch = {name: getattr(trajectories, name).to(device)
+                 for name in ("ids", "response_mask", "action_mask", "turn_ids", "lengths")}
+        batch |= {name: values.to(device) for name, values in credit.items()}
         mask = batch["response_mask"]
 
         def fixed(part):
@@ -401,8 +466,6 @@ class Learner:
             rewards = last_response(mask) * trajectories.returns.to(device)[:, None]  # paid at the very end, as in the paper
             raw, batch["value_targets"] = gae(rewards, batch["old_values"], mask, gamma=s.gamma, lam=s.lam)
             batch["advantages"] = normalise(raw, mask)
-        else:
-            batch["advantages"] = advantages.to(device)[:, None] * mask
         return batch
 
     def minibatch_loss(self, part, weight_sum, tokens):
@@ -411,8 +474,12 @@ class Learner:
         new = score(self.policy, part["ids"], mask, s.temperature)
         if not torch.isfinite(new.logprobs).all():
             raise FloatingPointError("the policy's log-probs are not finite")
-        loss, stats = weighted_policy_loss(new.logprobs, part["old_logprobs"], part["advantages"], part["weights"],
-                                           clip_low=s.clip_low, clip_high=s.clip_high, weight_sum=weight_sum)
+        logprobs, (low, high) = new.logprobs, (s.clip_low, s.clip_high)
+        if self.by_turns:
+            logprobs = turn_logprobs(new.logprobs, part["old_logprobs"], part["turn_ids"])
+            low, high = (part["clip_scale"] * bound for bound in ((low, high) if s.turn_clip == "common" else A2TGPO_CLIP))
+        loss, stats = weighted_policy_loss(logprobs, part["old_logprobs"], part["advantages"], part["weights"],
+                                           clip_low=low, clip_high=high, weight_sum=weight_sum)
         n = (part["weights"] > 0).sum()
         log = {name: value * n for name, value in stats.items()} | {"policy_loss": loss.detach(), "n": n}
         loss = loss - s.entropy_coef * new.entropy.sum() / tokens
@@ -459,10 +526,10 @@ class Learner:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def update(self, trajectories, advantages, rng):
+    def update(self, trajectories, credit, rng):
         """All minibatch updates of one step -> metrics. An update with a number that is not finite is skipped and counted."""
         s = self.settings
-        batch = self.saving_memory(self.prepare, trajectories, advantages)
+        batch = self.saving_memory(self.prepare, trajectories, credit)
         totals, updates, skipped = defaultdict(float), 0, 0
         for _ in range(s.epochs):
             order = torch.from_numpy(rng.permutation(len(trajectories))).to(self.policy.device)
@@ -593,10 +660,10 @@ def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lam
     device = s.torch_device()
     torch.manual_seed(seed)
     policy, reference, tokenizer = load_pair(base, s)
-    learner = Learner(policy, reference, algo, name, s)
+    learner, method = Learner(policy, reference, algo, name, s), split_credit(name)[0]
     env = s.make_env()
     held_out = first_observations(env, s)
-    envs = [copy.deepcopy(env) for _ in range(max(s.prompts * s.rollouts, s.eval_boards * s.eval_rollouts))]
+    envs = [copy.deepcopy(env) for _ in range(max(s.prompts * max(s.rollouts, s.tree_roots), s.eval_boards * s.eval_rollouts))]
     rng = np.random.default_rng(seed)  # boards and minibatches
     generator = torch.Generator(device).manual_seed(seed)  # tokens
     lines, path = [], checkpoint_path(s, algo, credit, seed)
@@ -612,19 +679,26 @@ def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lam
     def learn():
         """Play, and learn from it -> metrics."""
         started = time.perf_counter()
-        seeds = np.repeat(draw_seeds(env, rng, s.prompts, held_out), s.rollouts).tolist()
-        trajectories = play(policy, tokenizer, envs, seeds, s, s.temperature, generator)
+        seeds = draw_seeds(env, rng, s.prompts, held_out)
+        if method == "carl":
+            with s.autocast():
+                trajectories = sampling.tree_rollout(
+                    policy, tokenizer, envs[: s.prompts * s.tree_roots], seeds=seeds, roots=s.tree_roots, forks=s.tree_forks,
+                    temperature=s.temperature, max_response_tokens=s.max_response_tokens, generator=generator)
+        else:
+            trajectories = play(policy, tokenizer, envs, np.repeat(seeds, s.rollouts).tolist(), s, s.temperature, generator)
         rollout_seconds = time.perf_counter() - started
-        returns = trajectories.returns.view(s.prompts, s.rollouts)  # [P, G]
+        returns = trajectories.returns.view(s.prompts, -1)  # [P, G]
         spread = variance_filter(returns, keep=1)
         kept = variance_filter(returns, keep=s.keep) if s.keep < 1 else torch.arange(s.prompts)
         line = describe(trajectories) | {"generated_tokens": int(trajectories.response_mask.sum())}
-        line |= {"zero_spread_groups": s.prompts - len(spread), "kept_groups": len(kept)}
-        if len(spread) or (algo == "ppo" and len(kept)):
-            rows = (kept[:, None] * s.rollouts + torch.arange(s.rollouts)).flatten()
-            line |= learner.update(trajectories.select(rows), group_advantages(returns)[kept].flatten(), rng)
-        else:  # nothing to learn from: every group got one return
-            line |= {"updates": 0}
+        line |= {"zero_spread_groups": s.prompts - len(spread), "kept_groups": len(kept), "updates": 0}
+        if len(spread) or (algo == "ppo" and len(kept)):  # else there is nothing to learn from: every group got one return
+            rows = (kept[:, None] * returns.shape[1] + torch.arange(returns.shape[1])).flatten()
+            chosen, tensors = METHODS[method](trajectories.select(rows), returns[kept], (policy, tokenizer, s))
+            trained = chosen.response_mask.any(1).nonzero()[:, 0]  # of a tree, rows may have nothing to train
+            if tensors["advantages"].any() or algo == "ppo":
+                line |= learner.update(chosen.select(trained), {name: x[trained] for name, x in tensors.items()}, rng)
         return line | {"tokens_per_second": trajectories.response_mask.sum().item() / rollout_seconds,
                        "rollout_seconds": rollout_seconds, "seconds": time.perf_counter() - started}
 
@@ -667,6 +741,10 @@ def summarise(lines):
         "peak_success": max(success), "final_board_success": evaluated[-1]["eval_board_success"],
         "eval": {name: [line[f"eval_{name}"] for line in evaluated]
                  for name in ("format_valid", "fact_accuracy", "facts", "think_tokens", "think_nll")},
+        "eval_generated_tokens": [sum(line.get("generated_tokens", 0) for line in lines if line["step"] <= at["step"])
+                                  for at in evaluated],
+        "updated_tokens": sum(line.get("updated_tokens", 0) for line in lines),
+        "seconds": sum(line.get("seconds", 0) for line in lines),
         "collapsed_at": collapse([(line["step"], line["eval_format_valid"]) for line in evaluated]),
         "skipped_updates": sum(line.get("skipped_updates", 0) for line in lines)}
 
@@ -798,9 +876,25 @@ def table(summary):
              "[95 %]: paired bootstrap over seeds and boards"]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += [f"random actions {100 * summary['floor']:.1f}, best play {100 * summary['ceiling']:.1f}", *verdicts]
+    if any(split_credit(credit.partition(":")[0])[0] != "uniform" for _, credit in groups):
+        lines += ["", *costs(groups)]
     if n < 3:
         lines.append(f"{n} seed{'s prove' if n > 1 else ' proves'} nothing: run with --seeds 0 1 2 or more")
     return "\n".join(lines)
+
+
+def costs(groups):
+    """Lines of a second table: credits that sample by other rules generate other amounts, so success at equal amounts, too."""
+    least = min(arm["eval_generated_tokens"][-1] for arms in groups.values() for arm in arms)
+    rows = [("arm", f"success at {least / 1000:.0f}k generated tokens", "generated, k", "updated, k", "minutes")]
+    mean = lambda values, scale: f"{np.mean(list(values)) / scale:.1f}"
+    for (algo, credit), arms in groups.items():
+        rows.append((f"{algo} {credit}",
+                     mean((100 * np.interp(least, a["eval_generated_tokens"], a["eval_success"]) for a in arms), 1),
+                     mean((a["eval_generated_tokens"][-1] for a in arms), 1000), mean((a["updated_tokens"] for a in arms), 1000),
+                     mean((a["seconds"] for a in arms), 60)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def pyplot():
@@ -1003,7 +1097,7 @@ def diagnose(settings, checkpoint, groups):
         seeds = np.repeat(boards[start:start + s.prompts], s.rollouts).tolist()
         played = play(policy, tokenizer, envs, seeds, s, s.temperature, generator)
         returns.append(played.returns.view(-1, s.rollouts))
-        batch = learner.prepare(played, group_advantages(returns[-1]).flatten())
+        batch = learner.prepare(*group_credit(played, returns[-1], None))
         if batch is None:
             raise Diverged("the model's numbers are not finite")
         for name in SIGNALS:
@@ -1100,7 +1194,7 @@ def show(settings, checkpoint):
         advantages = group_advantages(played.returns[None])[0]
         if advantages.any():
             break
-    batch = Learner(policy, reference, "grpo", "actfocus", s).prepare(played, advantages)
+    batch = Learner(policy, reference, "grpo", "actfocus", s).prepare(*group_credit(played, played.returns[None], None))
     if batch is None:
         raise Diverged("the model's numbers are not finite")
     row = int(advantages.argmax())

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import RETURNS, learner, trajectories_of
+from test_train import RETURNS, credit_of, learner, trajectories_of
 
 import train
 from actfocus import gae, group_advantages, token_weights, variance_filter, weighted_policy_loss
@@ -261,15 +261,15 @@ def test_an_update_with_bad_numbers_is_skipped_and_three_in_a_row_stop_the_arm(a
         return loss * math.nan, hidden, log
     made.minibatch_loss = spoilt
     for _ in range(2):
-        assert made.update(data, advantages, np.random.default_rng(0)) == {"updates": 0, "skipped_updates": 1}
+        assert made.update(data, credit_of(data, advantages), np.random.default_rng(0)) == {"updates": 0, "skipped_updates": 1}
     made.minibatch_loss = original
-    assert made.update(data, advantages, np.random.default_rng(0))["updates"] == 1  # and the count begins anew
+    assert made.update(data, credit_of(data, advantages), np.random.default_rng(0))["updates"] == 1  # and the count begins anew
     after = copy.deepcopy(made.policy.state_dict())
     assert any(not torch.equal(before[name], after[name]) for name in before)
     made.minibatch_loss = spoilt
     with pytest.raises(train.Diverged, match="three updates"):
         for _ in range(3):
-            made.update(data, advantages, np.random.default_rng(0))
+            made.update(data, credit_of(data, advantages), np.random.default_rng(0))
     assert all(torch.equal(after[name], x) for name, x in made.policy.state_dict().items())
 
 
@@ -279,7 +279,8 @@ def test_a_model_with_bad_numbers_changes_no_weight(agent, where):
     next(getattr(made, where).parameters()).data.fill_(math.inf)
     watched = made.critic if where != "critic" else made.policy
     before = copy.deepcopy(watched.state_dict())
-    metrics = made.update(trajectories_of(agent, RETURNS), torch.tensor(RETURNS), np.random.default_rng(0))
+    data = trajectories_of(agent, RETURNS)
+    metrics = made.update(data, credit_of(data, RETURNS), np.random.default_rng(0))
     assert metrics == {"updates": 0, "skipped_updates": 1}
     assert all(torch.equal(before[name], x) for name, x in watched.state_dict().items())
 
@@ -312,7 +313,7 @@ def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_result(agent
                 raise error
             return original(part, *rest)
         made.minibatch_loss = starved
-        metrics = made.update(data, advantages, np.random.default_rng(0))
+        metrics = made.update(data, credit_of(data, advantages), np.random.default_rng(0))
         results.append((metrics["policy_loss"], metrics["grad_norm"], made.micro_batch))
     assert results[0][2] == 8 and results[1][2] == 2 and results[1][:2] == pytest.approx(results[0][:2], rel=1e-4, abs=1e-7)
     assert capsys.readouterr().err.count("out of memory") == 2  # 8 -> 4 -> 2
@@ -322,7 +323,8 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(agent):
     made = learner(agent)
     made.minibatch_loss = lambda *_: (_ for _ in ()).throw(RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"):
-        made.update(trajectories_of(agent, RETURNS), torch.tensor(RETURNS), np.random.default_rng(0))
+        data = trajectories_of(agent, RETURNS)
+        made.update(data, credit_of(data, RETURNS), np.random.default_rng(0))
 
 
 # Fuzz

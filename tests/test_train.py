@@ -41,6 +41,11 @@ def trajectories_of(agent, rewards):
     return pack(transcripts, tokenizer.pad_token_id)
 
 
+def credit_of(data, advantages):
+    """What a method hands to the learner: one advantage a trajectory."""
+    return {"advantages": torch.as_tensor(advantages)[:, None] * data.response_mask}
+
+
 def learner(agent, algo="grpo", credit="actfocus", **settings):
     import copy
     torch.manual_seed(0)
@@ -95,8 +100,7 @@ def gradients(agent, algo, credit, micro_batch, **settings):
             kept.update({(i, j): p.grad.clone() for j, p in enumerate(parameters) if p.grad is not None})
         optimizer.step = keep
     data = trajectories_of(agent, RETURNS)
-    advantages = train.group_advantages(data.returns.view(2, 3)).flatten()
-    metrics = made.update(data, advantages, np.random.default_rng(0))
+    metrics = made.update(*train.group_credit(data, data.returns.view(2, 3), None), np.random.default_rng(0))
     return metrics, kept
 
 
@@ -139,10 +143,10 @@ def test_the_first_update_has_ratio_1_and_a_gradient_and_the_second_has_moved(ag
     made = learner(agent, minibatch=3, entropy_coef=0.0)
     data = trajectories_of(agent, RETURNS)
     advantages = train.group_advantages(data.returns.view(2, 3)).flatten()
-    first = learner(agent, minibatch=6, entropy_coef=0.0).update(data, advantages, np.random.default_rng(0))
+    first = learner(agent, minibatch=6, entropy_coef=0.0).update(data, credit_of(data, advantages), np.random.default_rng(0))
     assert first["ratio_mean"] == pytest.approx(1, abs=1e-6) and first["approx_kl"] == pytest.approx(0, abs=1e-6)
     assert first["grad_norm"] > 1e-3
-    both = made.update(data, advantages, np.random.default_rng(0))
+    both = made.update(data, credit_of(data, advantages), np.random.default_rng(0))
     assert both["updates"] == 2 and abs(both["ratio_mean"] - 1) > 1e-4 and both["approx_kl"] > 1e-6
 
 
@@ -165,7 +169,7 @@ def test_actfocus_costs_what_uniform_credit_costs(agent, algo):
         for credit in sorted(seconds, reverse=turn % 2):
             made = learner(agent, algo, credit)
             started = time.perf_counter()
-            made.update(data, advantages, np.random.default_rng(0))
+            made.update(data, credit_of(data, advantages), np.random.default_rng(0))
             seconds[credit].append(time.perf_counter() - started)
     medians = {credit: statistics.median(values[1:]) for credit, values in seconds.items()}
     print(algo, medians, "ratio", medians["actfocus"] / medians["uniform"])
@@ -181,14 +185,14 @@ def test_rewarded_actions_become_likelier(agent):
     logprobs = lambda mask: score(made.policy, data.ids, data.response_mask).logprobs[mask].mean().item()
     rewarded, punished = logprobs(first_only), logprobs(second_turn)
     for _ in range(5):
-        made.update(data, torch.tensor([1.0, -1.0] * 3), np.random.default_rng(0))
+        made.update(data, credit_of(data, [1.0, -1.0] * 3), np.random.default_rng(0))
     assert logprobs(second_turn) < punished and logprobs(first_only) - rewarded > logprobs(second_turn) - punished
 
 
 def test_ppo_pays_the_return_on_the_last_response_token(agent):
     made = learner(agent, "ppo")
     data = trajectories_of(agent, RETURNS)
-    batch = made.prepare(data, torch.zeros(6))
+    batch = made.prepare(data, credit_of(data, torch.zeros(6)))
     # The critic starts at 0 and gamma = lambda = 1: every response token's target is the episode's return.
     for row, value in enumerate(RETURNS):
         targets = batch["value_targets"][row]
@@ -202,7 +206,7 @@ def test_ppo_pays_the_return_on_the_last_response_token(agent):
 def test_the_critic_learns(agent):
     made = learner(agent, "ppo", critic_lr=1e-2)
     data = trajectories_of(agent, RETURNS)
-    losses = [made.update(data, torch.zeros(6), np.random.default_rng(0))["value_loss"] for _ in range(20)]
+    losses = [made.update(data, credit_of(data, torch.zeros(6)), np.random.default_rng(0))["value_loss"] for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -210,11 +214,11 @@ def test_energy_comes_from_the_frozen_reference(agent):
     """After the policy has moved, the energies are still the reference's, and its weights are untouched."""
     made = learner(agent)
     data = trajectories_of(agent, RETURNS)
-    before = made.prepare(data, torch.ones(6))
+    before = made.prepare(data, credit_of(data, torch.ones(6)))
     with torch.no_grad():
         for parameter in made.policy.parameters():
             parameter.mul_(1.5)
-    after = made.prepare(data, torch.ones(6))
+    after = made.prepare(data, credit_of(data, torch.ones(6)))
     assert torch.equal(before["ref_energy"], after["ref_energy"]) and torch.equal(before["weights"], after["weights"])
     assert not torch.equal(before["old_logprobs"], after["old_logprobs"])
     logits = made.reference(data.ids).logits[:, :-1]
@@ -346,7 +350,7 @@ def test_a_learning_rate_of_1e_6_moves_a_policy_that_computes_in_bfloat16(instru
     before = {name: x.clone() for name, x in policy.named_parameters()}
     learner = Learner(policy, load_agent(instruct_model, torch.device("cpu"))[0].requires_grad_(False), "grpo", "actfocus",
                       Settings(lr=1e-6, precision="bfloat16"))
-    learner.update(data, torch.tensor(RETURNS), np.random.default_rng(0))
+    learner.update(data, credit_of(data, RETURNS), np.random.default_rng(0))
     moved = {name: (x != before[name]).float().mean().item() for name, x in policy.named_parameters()}
     rounded = [(x.bfloat16() != before[name].bfloat16()).float().mean().item() for name, x in policy.named_parameters()
                if x.dim() == 2]  # biases start at 0, where bfloat16 is as fine as float32
