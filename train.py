@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import platform
 import queue
 import shutil
 import signal
@@ -1006,13 +1007,20 @@ def compare(settings, finished=None):
     lines.sort(key=lambda line: (arms.index(arm_of(line)), line["step"]))
     write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     results = [summarise([line for line in lines if arm_of(line) == arm]) for arm in arms]
-    summary = {"config": dataclasses.asdict(settings), "floor": floor, "ceiling": ceiling, "arms": results}
+    summary = {"config": described(settings), "floor": floor, "ceiling": ceiling, "arms": results}
     write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(table(summary))
     drawn = plot(summary, out / "curves.png")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes; written to {out}: metrics.jsonl, summary.json"
           + (", curves.png" if drawn else ""))
     return summary
+
+
+def described(settings):
+    """A run's settings, less the machine's directories, and what it ran on."""
+    config = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("out", "cache")}
+    return config | {"made_with": {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count(),
+                                   "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}}
 
 
 def write(path, text):
@@ -1117,7 +1125,7 @@ def diagnose(settings, checkpoint, groups):
     means = {key: torch.cat(values) for key, values in means.items()}
     rho = {f"{name}, {kind}": rank_correlation(values, variance, rng) for (name, kind), values in means.items()}
     share = {credit: squares[0] / squares.sum() for credit, squares in shares.items()}
-    found = {"agent": checkpoint or "base", "config": dataclasses.asdict(s), "groups": groups,
+    found = {"agent": checkpoint or "base", "config": described(s), "groups": groups,
              "action_fraction": tokens["action tokens"] / tokens["all response tokens"],
              "groups_with_spread": len(variance_filter(returns, keep=1)), "spearman": rho, "grad_share_action": share,
              "seconds": time.perf_counter() - started}
