@@ -1,5 +1,7 @@
 """What the README says is so: its links, its snippets, its defaults, and that the method's files stand alone."""
 
+import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -52,8 +54,36 @@ def test_the_bandit_is_an_environment(monkeypatch):
     assert info["valid"] and len(set(info["actions"])) == 1
 
 
+@pytest.mark.parametrize("function", ["token_weights", "group_advantages", "gae"])
+def test_worked_examples_print_what_the_readme_says(function, capsys):
+    snippet, = [s for s in SNIPPETS if "print(" in s and f"from actfocus import {function}" in s]
+    exec(snippet, {})
+    expected = re.findall(r"^# (tensor.*|\s+\[.*)$", snippet, re.MULTILINE)
+    assert expected and capsys.readouterr().out.splitlines() == expected
+
+
+def test_the_tables_are_those_of_the_results():
+    """Every number in them: `python results/report.py --write` makes them anew."""
+    spec = importlib.util.spec_from_file_location("report", ROOT / "results" / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    assert README.count("<!-- table: ") >= 5 and report.filled(README) == README
+
+
+def test_the_main_table_holds_the_mean_final_success_of_every_arm():
+    summary = json.loads((ROOT / "results" / "main" / "summary.json").read_text())
+    finals = {}
+    for arm in summary["arms"]:
+        finals.setdefault((arm["algo"], arm["credit"]), []).append(arm["final_success"])
+    assert len(finals) == 4
+    for (algo, credit), values in finals.items():
+        row, = [line for line in README.splitlines()
+                if line.startswith(f"| {algo.upper()}, {credit.replace('actfocus', 'ActFocus')} |") and line.count("|") == 10]
+        assert len(values) == 5 and f"| {100 * np.mean(values):.1f} (" in row
+
+
 def test_the_lifting_snippet_runs():
-    snippet = next(s for s in SNIPPETS if "from actfocus import" in s)
+    snippet = next(s for s in SNIPPETS if "ref_logits" in s)
     torch.manual_seed(0)
     response_mask = torch.tensor([[False, True, True, True, True]] * 2)
     names = {"ids": torch.randint(7, (2, 5)), "response_mask": response_mask, "ref_logits": torch.randn(2, 5, 7),

@@ -1,5 +1,7 @@
 """Multi-turn sampling: what is recorded is what the model saw, and spans are where the tags are."""
 
+import inspect
+
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -42,6 +44,73 @@ def test_sampled_logprobs_are_those_of_one_plain_forward_pass(agent, ragged):
             logprobs = torch.log_softmax(model(ids[None]).logits[0, :-1], -1).gather(-1, ids[1:, None])[:, 0]
         torch.testing.assert_close(ragged.logprobs[row, 1:n][mask], logprobs[mask], atol=2e-5, rtol=0)
         assert not ragged.logprobs[row, 1:n][~mask].any()
+
+
+class Counting(torch.nn.Module):
+    """A model that notes the [rows, columns] of every call."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.calls, self.config, self.generation_config = model, [], model.config, model.generation_config
+        self.device, self.set_attn_implementation = model.device, model.set_attn_implementation
+
+    def forward(self, input_ids, attention_mask, position_ids, use_cache, logits_to_keep, cache=None, past_key_values=None):
+        self.calls.append(tuple(input_ids.shape))
+        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
+                          logits_to_keep=logits_to_keep, **{name: cache if past_key_values is None else past_key_values})
+
+
+def test_a_rollouts_work_grows_linearly_with_turns(agent):
+    """Each turn feeds its own tokens, whatever came before: the columns of turn 8 are those of turn 2."""
+    model, tokenizer, _ = agent
+    counting = Counting(model)
+    made = [environments.make("sokoban", walls=0, max_moves=2, observation="both", max_turns=8, max_actions=16) for _ in range(3)]
+    played = rollout(counting, tokenizer, made, seeds=[1, 2, 3], temperature=1.0, max_response_tokens=5,
+                     generator=torch.Generator().manual_seed(0))
+    assert played.turns.tolist() == [8, 8, 8]
+    prompts = [columns for _, columns in counting.calls if columns > 1]
+    assert len(prompts) == 8 and max(prompts[1:]) <= min(prompts[1:]) + 5
+    fed = sum(rows * columns for rows, columns in counting.calls)
+    assert fed <= 1.1 * int(played.lengths.sum()) + 8 * 3 * 5  # each token once, and some padding
+
+
+def test_rows_that_are_done_leave_the_batch(agent):
+    """Seven rows end their responses at once, one goes on: its tokens are decoded alone."""
+    model, tokenizer, make_env = agent
+    sampler = sampling.Sampler(model, tokenizer, 1.0, 20, torch.Generator().manual_seed(0))
+    transcripts = sampler.open([make_env() for _ in range(8)], range(8))
+    counting, stop = Counting(model), tokenizer.eos_token_id
+
+    def scripted(logits, temperature, generator):
+        tokens = torch.full((len(logits),), stop)
+        tokens[0 if len(logits) == 1 else 5] = tokenizer.convert_tokens_to_ids("The")
+        return tokens, torch.zeros(len(logits))
+    decoder = sampling.Decoder(counting, 8)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(sampling, "sample", scripted)
+        responses = sampling.sample_turn(decoder, [t.ids for t in transcripts], {stop}, 0, 1.0, 20, None)
+    assert [rows for rows, _ in counting.calls] == [8] + [1] * 19
+    assert {row: len(ids) for row, (ids, _) in responses.items()} == {row: 20 if row == 5 else 1 for row in range(8)}
+
+
+@pytest.mark.parametrize("heads, shared", [(4, 4), (4, 2), (4, 1)])
+def test_decode_attention_is_sdpas(heads, shared):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, n, t, 8, generator=generator) for n, t in ((heads, 1), (shared, 70), (shared, 70)))
+    mask = torch.rand(3, 1, 1, 70, generator=generator) < 0.7
+    ours, _ = sampling.decode_attention(None, query, key, value, mask, scaling=0.3)
+    repeat = lambda x: x.repeat_interleave(heads // shared, 1)
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, repeat(key), repeat(value), mask, scale=0.3)
+    torch.testing.assert_close(ours, theirs.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+def test_sampling_leaves_the_model_as_it_was(agent):
+    model = agent[0]
+    model.train()
+    run(agent, n=1)
+    assert model.training and model.config._attn_implementation == "sdpa"
+    model.eval()
 
 
 def test_temperature_is_applied_to_the_recorded_logprobs(agent):
