@@ -131,6 +131,11 @@ class Env:
                 f"{self.response_limit} tokens.")
 
     @property
+    def phrases(self):
+        """Fixed strings that recur in every prompt: the built-in agent's tokenizer makes one token of each."""
+        return [self.system_prompt, self.format_reminder]
+
+    @property
     def actions_left(self):
         """Actions that can still be played, counting both the turn and the action budget."""
         return min(self.max_actions - self.moves, (self.max_turns - self.turn) * self.actions_per_turn)
@@ -775,6 +780,12 @@ class Shop(Env):
         return " || ".join(f"click[{thing}]" for thing in (self.target.name, *self.wanted_options.values(), "buy now"))
 
     # What the agent reads ------------------------------------------------------------------------------------------
+
+    @property
+    def phrases(self):
+        values = [value for values in OPTIONS.values() for value in values]
+        clicks = [*values, "buy now", "back to results", "back to search", "next page", "previous page"]
+        return [*super().phrases, "Legal actions: ", *(f"click[{thing}]" for thing in clicks)]
 
     action_help = "search[words] on the search page, click[thing] on any other"
 

@@ -468,7 +468,7 @@ class Tree:
         return own
 
     def critical(self):
-        """The node that is forked next: the largest H / n, H = mean NLL of the n responses sampled from it; the oldest of equals."""
+        """The node that is forked next: the largest H / n, H = mean NLL of the n responses there; the oldest of equals."""
         return max(self.nodes, key=lambda node: statistics.fmean(edge.nll for edge in node[2]) / len(node[2]))
 
 
@@ -740,7 +740,7 @@ def main():
         texts = ["system", "user", "assistant", *FILLERS]
         for seed in seeds:
             texts += [envs[0].reset(seed=seed)[0], response(envs[0].actions, " ".join(envs[0].facts()))]
-        tokenizer = tiny_tokenizer(texts, phrases=[envs[0].system_prompt, envs[0].format_reminder])
+        tokenizer = tiny_tokenizer(texts, phrases=envs[0].phrases)
         model = tiny_model(tokenizer).to(device).eval()
         runs = {"rollout": [], "generate": []}
         for turn in range(options.rounds + 1):  # the first warms up

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -60,7 +61,8 @@ TINY_BOARDS = {"sokoban": {"walls": 0, "min_moves": 2, "max_moves": 6, "max_turn
                "shop": {"products": 60, "page": 3}}
 # Defaults that differ by environment and by --preset; the command line overrides both.
 ENV_DEFAULTS = {"frozenlake": {"worse_noise": 0.85},
-                "sudoku": {"max_response_tokens": 140, "worse_noise": 0.3}}  # a fact for each empty cell; mistakes are hard to mend
+                "shop": {"warm_noise": 0.1, "worse_noise": 0.4},
+                "sudoku": {"max_response_tokens": 140, "worse_noise": 0.3}}  # a fact an empty cell; mistakes are hard to mend
 PRESETS = {"paper": {"paper_boards": True, "steps": 200, "max_response_tokens": 400, "eval_boards": 32, "eval_rollouts": 16,
                      "width": 128, "layers": 4, "warm_steps": 6000, "warm_episodes": 12000}}
 # A credit is a way to advantages (METHODS below), ActFocus's token weights, or both, joined by +
@@ -259,7 +261,7 @@ def teach(settings):
             texts += [observation, answer]
             observation, _, terminated, truncated, _ = env.step(answer)
             over = terminated or truncated
-    tokenizer = sampling.tiny_tokenizer(texts, phrases=[env.system_prompt, env.format_reminder])
+    tokenizer = sampling.tiny_tokenizer(texts, phrases=env.phrases)
     model = sampling.tiny_model(tokenizer, width=settings.width, layers=settings.layers, heads=settings.width // 32)
     held_out, n = first_observations(env, settings), settings.warm_episodes
     good = sampling.demonstrations(env, tokenizer, draw_seeds(env, rng, n, held_out), rng, settings.warm_noise,
@@ -374,6 +376,11 @@ def turn_credit(trajectories, returns, agent):
 METHODS = {"uniform": group_credit, "carl": tree_credit, "a2tgpo": turn_credit}
 
 
+def scores_of(batch):
+    """What the signals are made of."""
+    return {name: batch[name] for name in ("old_logprobs", "ref_logprobs", "ref_energy", "ref_entropy")}
+
+
 def normalise(x, mask):
     """x[B, T] with mean 0 and deviation 1 over the mask, 0 outside."""
     values = x[mask]
@@ -462,8 +469,8 @@ class Learner:
             batch.update(token_table(fixed, batch, self.micro_batch))
         if not all(torch.isfinite(x).all() for x in batch.values()):
             return None
-        known = {name: batch[name] for name in ("old_logprobs", "ref_logprobs", "ref_energy", "ref_entropy")}
-        signal = torch.rand_like(batch["ref_energy"]) if s.signal == "random" else token_signal(s.signal, **known)
+        random = s.signal == "random"
+        signal = torch.rand(mask.shape, device=device) if random else token_signal(s.signal, **scores_of(batch))
         batch["weights"] = credit_weights(self.credit, signal, batch["action_mask"], mask, s)
         if self.critic:
             rewards = last_response(mask) * trajectories.returns.to(device)[:, None]  # paid at the very end, as in the paper
@@ -1111,7 +1118,7 @@ def diagnose(settings, checkpoint, groups):
         if batch is None:
             raise Diverged("the model's numbers are not finite")
         for name in SIGNALS:
-            signal = token_signal(name, **{key: batch[key] for key in ("old_logprobs", "ref_logprobs", "ref_energy", "ref_entropy")})
+            signal = token_signal(name, **scores_of(batch))
             for kind, mask in kinds.items():
                 of_group = lambda x: x.view(-1, s.rollouts * x.shape[1]).sum(1).cpu()  # [B, T] -> [P]
                 means[name, kind].append(of_group(signal * mask(batch)) / of_group(mask(batch)))
@@ -1185,24 +1192,23 @@ def beside(board, tokens, width):
             lines, length = [*lines, ""], 0
         lines[-1] += shown
         length += len(plain)
-    rows = max(len(board), len(lines))
-    return [f"{a:{left}}{b}".rstrip() for a, b in zip([*board, *[""] * (rows - len(board))], [*lines, *[""] * (rows - len(lines))])]
+    return [f"{a:{left}}{b}".rstrip() for a, b in itertools.zip_longest(board, lines, fillvalue="")]
 
 
 def show(settings, checkpoint):
     """Print one episode turn by turn, the board beside the response, each token shaded by its ActFocus weight.
 
-    The episode is the most instructive of a group of G on one board: the one with the largest advantage.
+    It is the one with the largest advantage of a group of G, on the first of 20 boards that the group wins and loses.
     """
     s, colour = settings, sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     policy, reference, tokenizer = agent_at(s, checkpoint)
     env, rng = s.make_env(), np.random.default_rng(s.seeds[0])
     generator = torch.Generator(s.torch_device()).manual_seed(s.seeds[0])
-    for seed in draw_seeds(env, rng, 20, first_observations(env, s)):  # until one group has spread
+    for seed in draw_seeds(env, rng, 20, first_observations(env, s)):
         played = play(policy, tokenizer, [copy.deepcopy(env) for _ in range(s.rollouts)], [seed] * s.rollouts, s, s.temperature,
                       generator)
         advantages = group_advantages(played.returns[None])[0]
-        if advantages.any():
+        if played.success.any() and not played.success.all():
             break
     batch = Learner(policy, reference, "grpo", "actfocus", s).prepare(*group_credit(played, played.returns[None], None))
     if batch is None:
@@ -1212,8 +1218,8 @@ def show(settings, checkpoint):
         env.observation = "grid"
     env.reset(seed=seed)
     width = shutil.get_terminal_size((110, 24)).columns
-    print(f"{env.name}, board of seed {seed}, {checkpoint or 'the base agent'}: the best of {s.rollouts} episodes. Reasoning weighs "
-          f"{s.alpha}, action tokens 1 to {1 + s.beta}, " + ("the redder the more." if colour else "as in [Up 1.23]."))
+    print(f"{env.name}, board of seed {seed}, {checkpoint or 'the base agent'}: the best of {s.rollouts} episodes. Reasoning "
+          f"weighs {s.alpha}, action tokens 1 to {1 + s.beta}, " + ("the redder the more." if colour else "as in [Up 1.23]."))
     readable = lambda text: "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
     for turn in range(int(played.turns[row])):
         where = (played.turn_ids[row] == turn).nonzero()[:, 0]
@@ -1223,9 +1229,8 @@ def show(settings, checkpoint):
             tokens.append((text, shaded(text, float(batch["weights"][row, t]), bool(played.action_mask[row, t]), s, colour)))
         print(f"\nturn {turn + 1}")
         print("\n".join(beside(env.render().splitlines(), tokens, width)))
-        words = played.ids[row, where].tolist()
-        answer = tokenizer.decode(words[:-1] if words[-1] == tokenizer.eos_token_id else words, clean_up_tokenization_spaces=False)
-        _, reward, *_ = env.step(answer)
+        words = [i for i in played.ids[row, where].tolist() if i != tokenizer.eos_token_id]
+        _, reward, *_ = env.step(tokenizer.decode(words, clean_up_tokenization_spaces=False))
         print(f"reward {reward:+.1f}")
     print("\n" + "\n".join(env.render().splitlines()))
     print(f"return {float(played.returns[row]):+.1f}, advantage {float(advantages[row]):+.2f} (the group's returns: "
@@ -1245,7 +1250,8 @@ def parse(arguments):
     """Command line -> (Settings, what to do, lock on the output directory, to be held).
 
     What to do: a namespace of `finished` (lines of finished arms, None to begin anew), `diagnose`, `show` (None, or a
-    checkpoint's path, "" for the agent that training starts from) and `groups`. Anything wrong with it ends in one line on stderr and exit code 2.
+    checkpoint's path, "" for the agent that training starts from) and `groups`. Anything wrong with it ends in one line on
+    stderr and exit code 2.
     """
     parser = OneLineParser("train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -100,7 +100,8 @@ def ablations():
         rows.append([name_of(algo, credit).removeprefix("GRPO, "), spread([a["final_success"] for a in arms]),
                      spread([a["peak_success"] for a in arms]), spread([a["eval"]["format_valid"][-1] for a in arms]),
                      "" if arms is focus else interval(arms, focus), "" if arms is plain else interval(arms, plain)])
-    return table(["", "final", "peak", "valid, %", "against ActFocus [95 %], seeds ahead", "against uniform [95 %], seeds ahead"], rows)
+    return table(["", "final", "peak", "valid, %", "against ActFocus [95 %], seeds ahead",
+                  "against uniform [95 %], seeds ahead"], rows)
 
 
 def plan():
@@ -109,8 +110,8 @@ def plan():
         groups = train.by_algo_and_credit(load(name))
         for credit in ("uniform", "actfocus"):
             arms, rivals = ([arm for arm in groups["grpo", c] if arm["seed"] < 3] for c in (credit, "uniform"))
-            rows.append([where, name_of("grpo", credit), f"{100 * curve(arms)[0]:.1f}", spread([a["final_success"] for a in arms]),
-                         spread([a["eval"]["fact_accuracy"][-1] for a in arms]),
+            rows.append([where, name_of("grpo", credit), f"{100 * curve(arms)[0]:.1f}",
+                         spread([a["final_success"] for a in arms]), spread([a["eval"]["fact_accuracy"][-1] for a in arms]),
                          "" if credit == "uniform" else interval(arms, rivals)])
     return table(["the plan is made in", "", "before", "final", "facts that are true, %",
                   "final, against uniform [95 %], seeds ahead"], rows)
@@ -139,7 +140,8 @@ def others():
         summary = load(name)
         for (algo, credit), arms in train.by_algo_and_credit(summary).items():
             rows.append([name, name_of(algo, credit), str(arms[0]["eval_steps"][-1]), f"{100 * summary['floor']:.1f}",
-                         f"{100 * curve(arms)[0]:.1f}", spread([a["final_success"] for a in arms]), f"{100 * summary['ceiling']:.1f}"])
+                         f"{100 * curve(arms)[0]:.1f}", spread([a["final_success"] for a in arms]),
+                         f"{100 * summary['ceiling']:.1f}"])
     return table(["environment", "", "steps", "random actions", "before", "final", "best play"], rows)
 
 
@@ -162,7 +164,8 @@ TABLES = {"main": main_result, "reasoning": reasoning, "ablations": ablations, "
 
 def filled(text):
     """A README with every table made anew; a table without results is an error."""
-    return re.sub(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text, flags=re.DOTALL)
+    return re.sub(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text,
+                  flags=re.DOTALL)
 
 
 if __name__ == "__main__":
