@@ -1184,11 +1184,11 @@ def shaded(text, weight, is_action, settings, colour):
 
 
 def beside(board, tokens, width):
-    """Lines of a board with a text to its right; tokens: [(text as it is, text as it is shown)], broken to fit the width."""
+    """Lines of a board with a text to its right; tokens: [(text as it is, text as it is shown)], broken before a space."""
     left = max(map(len, board), default=0) + 3
     lines, length = [""], 0
     for plain, shown in tokens:
-        if length and length + len(plain) > width - left:
+        if length + len(plain) > width - left and (plain[:1].isspace() or length >= width - left):
             lines, length = [*lines, ""], 0
         lines[-1] += shown
         length += len(plain)

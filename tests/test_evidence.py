@@ -30,7 +30,8 @@ def test_a_credit_can_have_settings_of_its_own(trained):
     settings = train.Settings(credits=("uniform", "actfocus:alpha=0.3,signal=nll"))
     name, own = settings.of_arm("actfocus:alpha=0.3,signal=nll")
     assert name == "actfocus" and own.alpha == 0.3 and own.signal == "nll" and own.lr == settings.lr
-    for wrong in ("actfocus:alpha=2", "actfocus:alpha", "actfocus:steps=3", "actfocus:alpha=x", "actfocus:signal=loud", "magic:lr=1"):
+    for wrong in ("actfocus:alpha=2", "actfocus:alpha", "actfocus:steps=3", "actfocus:alpha=x", "actfocus:signal=loud",
+                  "magic:lr=1"):
         with pytest.raises(ValueError):
             train.Settings(credits=(wrong,))
 
@@ -112,9 +113,10 @@ def test_shades_follow_the_weights():
 
 
 def test_text_stands_beside_the_board_and_is_broken_to_fit():
-    tokens = [(word, f"<{word}>") for word in ("one ", "two ", "three ", "four ", "five")]
+    tokens = [(word, f"<{word}>") for word in ("one", " two", " three", " four", " five")]
     lines = train.beside(["####", "#P_#"], tokens, width=4 + 3 + 10)
-    assert lines == ["####   <one ><two >", "#P_#   <three >", "       <four ><five>"]
+    assert lines == ["####   <one>< two>", "#P_#   < three>", "       < four>< five>"]
+    assert len(train.beside(["#"], [("ab", "ab")] * 30, width=14)) == 6  # text without a space is broken too
     assert train.beside(["####", "#P_#"], [], width=20) == ["####", "#P_#"]
 
 
@@ -150,7 +152,8 @@ def arm(credit, seed, boards, tokens=(0, 100), success=(0.2, 0.4)):
 def test_the_paired_interval_is_about_the_difference():
     """Boards differ by far more than the credits do: paired, the gain of 0.1 is certain; unpaired it would not be."""
     boards = np.linspace(0, 0.9, 40)
-    mean, low, high = train.paired_gain([arm("actfocus", s, boards + 0.1) for s in range(3)], [arm("uniform", s, boards) for s in range(3)])
+    mean, low, high = train.paired_gain(*([arm(credit, s, boards + plus) for s in range(3)]
+                                          for credit, plus in (("actfocus", 0.1), ("uniform", 0.0))))
     assert mean == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
     flip = np.where(np.arange(40) % 2, 0.5, -0.5)
     mean, low, high = train.paired_gain([arm("actfocus", 0, boards + flip)], [arm("uniform", 0, boards)])
@@ -158,7 +161,8 @@ def test_the_paired_interval_is_about_the_difference():
 
 
 def test_success_at_equal_tokens_lies_on_the_curve():
-    groups = {("grpo", "uniform"): [arm("uniform", 0, [0.4], tokens=(0, 4000))], ("grpo", "carl"): [arm("carl", 0, [0.4], tokens=(0, 1000))]}
+    groups = {("grpo", "uniform"): [arm("uniform", 0, [0.4], tokens=(0, 4000))],
+              ("grpo", "carl"): [arm("carl", 0, [0.4], tokens=(0, 1000))]}
     head, plain, carl = train.costs(groups)
     assert "1k generated tokens" in head and plain.split()[2] == "25.0" and carl.split()[2] == "40.0"
     assert carl.split()[3:] == ["1.0", "0.1", "1.0"]

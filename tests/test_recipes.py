@@ -77,7 +77,8 @@ def test_trl_weights_action_tokens_by_energy_over_the_whole_batch(trl_run, monke
             ids, mask = (torch.cat([part[f"prompt_{x}"], part[f"completion_{x}"]], 1) for x in ("ids", "mask"))
             n = part["completion_ids"].shape[1]
             with torch.no_grad():
-                energy.append(-torch.logsumexp(trainer.frozen(input_ids=ids, attention_mask=mask).logits[:, -n - 1:-1].float(), -1))
+                logits = trainer.frozen(input_ids=ids, attention_mask=mask).logits[:, -n - 1:-1].float()
+            energy.append(-torch.logsumexp(logits, -1))
             masks.append(part["completion_mask"].bool())
         response, energy = torch.cat(masks), torch.cat(energy)
         action = response & (torch.arange(response.shape[1]) % 3 == 0)
