@@ -61,7 +61,9 @@ class Trajectories:
         return len(self.ids)
 
     def select(self, rows):
-        """The given rows, without the padding that none of them needs."""
+        """The given rows (indices), without the padding that none of them needs."""
+        rows = torch.as_tensor(rows)
+
         def pick(x):
             if isinstance(x, dict):
                 return {name: pick(value) for name, value in x.items()}
