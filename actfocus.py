@@ -16,6 +16,8 @@ is that algorithm itself, bit for bit. This file needs torch and nothing else: c
     weights = token_weights(energy, action_mask[:, 1:], response_mask[:, 1:])
     loss, stats = weighted_policy_loss(logprobs, old_logprobs, advantages, weights)      # all [B, T - 1]
 
+Beside it stand two rivals that change the advantages instead: CARL (tree_advantages) and A2TGPO (turn_gain_advantages).
+
 Shapes, here and in the other files: B trajectories, T tokens, N flattened tokens, V vocabulary, H hidden size, P prompts,
 G rollouts of a prompt. Column t of a [B, T] tensor of log-probs, energies or weights belongs to token t. Masks are bool:
 response_mask marks the tokens that the policy sampled, action_mask those of them between `<answer>` and `</answer>`.

@@ -8,8 +8,10 @@ fed once: a turn costs its own tokens, not the conversation's.
                            generator=torch.Generator().manual_seed(0))
     stats = score(model, trajectories.ids, trajectories.response_mask)      # log-prob, logsumexp, entropy of each token
 
-Works with any Hugging Face causal model and a tokenizer that has a chat template. The last section builds the pair that the
-default run uses, and the demonstrations that teach it to answer in the right format. Shapes as in actfocus.py.
+Works with any Hugging Face causal model and a tokenizer that has a chat template. tree_rollout samples trees of episodes (for
+CARL), beliefs reads how much a model believes in the gold answer after each turn (for A2TGPO). The section on the built-in agent
+makes the pair that the default run uses, and the demonstrations that teach it to answer in the right format. Shapes as in
+actfocus.py. `python rollout.py` measures tokens per second beside a loop around model.generate.
 """
 
 import argparse

@@ -3,6 +3,8 @@
     python train.py                                   # four arms on Sokoban, a built-in agent, one machine, no downloads
     python train.py --seeds 0 1 2                     # three seeds: what a claim needs
     python train.py --env frozenlake --algos grpo     # `--help` lists every setting with its default
+    python train.py --algos grpo --credits uniform actfocus carl carl+actfocus        # beside a rival
+    python train.py --show, --diagnose                # one episode with its weights; does energy track reward variance?
 
 One step: play P boards G times (rollout.py), keep the groups with the largest spread, score their tokens under the old policy
 and the frozen reference, turn returns into advantages and energies into weights (actfocus.py), update on minibatches. An arm
