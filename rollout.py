@@ -269,6 +269,8 @@ class GrowingLayer(DynamicLayer):
         return self.used
 
     def get_mask_sizes(self, query_length):
+        if not isinstance(query_length, int):  # the positions themselves, in transformers 5.0
+            query_length = len(query_length)
         return room(self.used + query_length) if self.used else query_length, 0
 
     def swap(self, places, others):
