@@ -147,10 +147,12 @@ def others():
 
 def diagnosis():
     rows = []
-    found = {name: load("diagnosis", f"{name}.json") for name in ("base", "uniform", "actfocus")}
-    titles = {"base": "before training", "uniform": "GRPO, uniform, after 60 steps", "actfocus": "GRPO, ActFocus, after 60 steps"}
+    titles = {"base": "before training", "uniform": "GRPO, uniform, trained", "actfocus": "GRPO, ActFocus, trained"}
     kinds = ("action tokens", "reasoning tokens", "all response tokens")
-    for name, data in found.items():
+    for name in titles:
+        if not (RESULTS / "diagnosis" / f"{name}.json").exists():
+            continue
+        data = load("diagnosis", f"{name}.json")
         for signal in ("energy", "entropy", "nll", "shift"):
             cells = [data["spearman"][f"{signal}, {kind}"] for kind in kinds]
             rows.append([titles[name], signal, *("constant" if np.isnan(r) else f"{r:+.2f} [{low:+.2f}..{high:+.2f}]"
