@@ -98,9 +98,9 @@ def ablations():
     focus, plain, rows = groups["grpo", "actfocus"], groups["grpo", "uniform"], []
     for (algo, credit), arms in groups.items():
         rows.append([name_of(algo, credit).removeprefix("GRPO, "), spread([a["final_success"] for a in arms]),
-                     spread([a["peak_success"] for a in arms]), spread([a["eval"]["format_valid"][-1] for a in arms]),
+                     spread([a["eval"]["fact_accuracy"][-1] for a in arms]),
                      "" if arms is focus else interval(arms, focus), "" if arms is plain else interval(arms, plain)])
-    return table(["", "final", "peak", "valid, %", "against ActFocus [95 %], seeds ahead",
+    return table(["", "final", "facts that are true, %", "against ActFocus [95 %], seeds ahead",
                   "against uniform [95 %], seeds ahead"], rows)
 
 
