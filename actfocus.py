@@ -212,7 +212,7 @@ def tree_advantages(parent, returns):
     """
     parent, returns = torch.as_tensor(parent), torch.as_tensor(returns)
     _check("parent", parent, returns)
-    if parent.dim() != 1 or parent.is_floating_point():
+    if parent.dim() != 1 or (parent.is_floating_point() and len(parent)):
         raise ValueError(f"parent must be [E] integers, got {parent.dtype} of shape {tuple(parent.shape)}")
     edges, ends = parent.tolist(), (~torch.isnan(returns)).tolist()
     if any(not -1 <= up < e for e, up in enumerate(edges)):

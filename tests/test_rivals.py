@@ -51,6 +51,7 @@ def test_equal_responses_count_as_often_as_they_were_sampled():
 def test_a_lone_chain_has_nothing_to_credit():
     assert tree((-1, None), (0, None), (1, 7.0)).tolist() == [0.0, 0.0, 0.0]
     assert tree_advantages(torch.zeros(0, dtype=torch.long), torch.zeros(0)).tolist() == []
+    assert tree_advantages([], []).tolist() == []
 
 
 def naive_tree(parents, returns):
