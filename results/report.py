@@ -29,7 +29,7 @@ def spread(values, scale=100, digits=1, sign=""):
     """Mean and range of a value a seed."""
     values = scale * np.array(values, dtype=float)
     number = lambda x: f"{x:{sign}.{digits}f}"
-    return f"{number(values.mean())} ({number(values.min())}..{number(values.max())})"
+    return number(values.mean()) + (f" ({number(values.min())}..{number(values.max())})" if len(values) > 1 else "")
 
 
 def interval(arms, rivals):
