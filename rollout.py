@@ -200,6 +200,8 @@ class Transcript:
         self.success = info["success"]
         self.facts = [total + new for total, new in zip(self.facts, info["facts"])]
         over = terminated or truncated
+        if over and not self.probes:  # nobody will read what comes after the last response
+            return False
         bridge = self.chat.bridge(observation, ended=ids[-1] == self.chat.tokenizer.eos_token_id)
         if over or len(self.ids) + len(bridge) > self.max_length:  # no room for another turn
             self._probe(bridge)

@@ -1326,7 +1326,8 @@ def main(arguments=None):
         else:
             compare(settings, to_do.finished)
     except KeyboardInterrupt:
-        again = "" if to_do.diagnose or to_do.show else f": the same command with --resume goes on from {settings.out}"
+        looking = (to_do.diagnose, to_do.show) != (None, None)  # "" stands for the agent that training starts from
+        again = "" if looking else f": the same command with --resume goes on from {settings.out}"
         print(f"\ninterrupted{again}", file=sys.stderr)
         sys.exit(130)
     except (Diverged, OSError, ValueError) as error:  # numbers gone bad; a full disk, a directory that went away

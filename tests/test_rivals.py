@@ -11,7 +11,6 @@ import torch
 from test_train import credit_of, learner, trajectories_of
 
 import env as environments
-import rollout as sampling
 import train
 from actfocus import (
     group_advantages,
