@@ -151,14 +151,14 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
 # Advantages -----------------------------------------------------------------------------------------------------------
 
 
-def _spread(returns):
-    """Sample standard deviation of each group, returns[P, G] float64 -> [P]; exactly 0 for rounding noise."""
+def _spread(returns, correction=1):
+    """Standard deviation of each group, returns[P, G] float64 -> [P]; exactly 0 for rounding noise. correction 1: the sample's."""
     if returns.dim() != 2 or 0 in returns.shape:
         raise ValueError(f"returns must be [P, G] and not empty, got shape {tuple(returns.shape)}")
     _check_finite("returns", returns)
     span = returns.amax(1) - returns.amin(1)
     noise = 1e-6 * returns.abs().amax(1)
-    deviation = returns.std(1) if returns.shape[1] > 1 else torch.zeros_like(span)
+    deviation = returns.std(1, correction=correction) if returns.shape[1] > 1 else torch.zeros_like(span)
     return torch.where(span > noise, deviation, 0.0)
 
 
@@ -261,7 +261,7 @@ def turn_gain_advantages(gain, turn_mask, returns, group, *, gamma=1.0, scale=0.
             peers = members & turn_mask[:, k]
             if peers.any():
                 values = gain[peers, k].double()
-                spread = _population_spread(values)
+                spread = _spread(values[None], correction=0)
                 normalised[peers, k] = (values - values.mean()) / (spread + 1e-6) if spread > 0 else 0.0
     total, count = torch.zeros_like(outcome, dtype=torch.float64), torch.zeros_like(outcome)  # [B]: of the turns after k
     ahead = torch.zeros_like(normalised)
@@ -272,12 +272,6 @@ def turn_gain_advantages(gain, turn_mask, returns, group, *, gamma=1.0, scale=0.
         ahead[:, k] = torch.where(here & (count > 1), total / count.clamp(min=1).sqrt(), 0.0)  # count 1: the last turn
     advantages = torch.where(turn_mask, outcome[:, None] + scale * ahead, 0.0)
     return advantages.float(), normalised.float()
-
-
-def _population_spread(values):
-    """Population deviation of values[N]; exactly 0 for rounding noise."""
-    span = values.max() - values.min()
-    return values.std(correction=0) if span > 1e-6 * values.abs().max() else torch.zeros_like(span)
 
 
 def turn_clip_scale(normalised_gain, turn_mask, *, strength=0.3):

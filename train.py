@@ -63,7 +63,7 @@ TINY_BOARDS = {"sokoban": {"walls": 0, "min_moves": 2, "max_moves": 6, "max_turn
                "shop": {"products": 60, "page": 3}}
 # Defaults that differ by environment and by --preset; the command line overrides both.
 ENV_DEFAULTS = {"frozenlake": {"worse_noise": 0.85},
-                "shop": {"warm_noise": 0.1, "worse_noise": 0.6, "warm_episodes": 2000, "warm_steps": 800},
+                "shop": {"warm_noise": 0.1, "worse_noise": 0.6, "warm_episodes": 2000},
                 "sudoku": {"max_response_tokens": 140, "worse_noise": 0.3}}  # a fact an empty cell; mistakes are hard to mend
 PRESETS = {"paper": {"paper_boards": True, "steps": 200, "max_response_tokens": 400, "eval_boards": 32, "eval_rollouts": 16,
                      "width": 128, "layers": 4, "warm_steps": 6000, "warm_episodes": 12000}}
@@ -105,9 +105,9 @@ class Settings:
     beta: float = setting(0.5, "ActFocus: how far energy raises the weight of action tokens", low=0)
     signal: str = setting("energy", "ActFocus: what ranks the action tokens; random is a control", choices=(*SIGNALS, "random"))
     # the rivals
-    tree_roots: int = setting(8, "CARL: trajectories of a board from the start, N0 (paper 1 or 8)", low=1)
-    tree_forks: int = setting(8, "CARL: trajectories of a board from its most critical states, N (paper 16; 8 + 8 are as many "
-                                 "as the other credits' G)", low=1)
+    tree_roots: int = setting(0, "CARL: trajectories of a board from the start, N0 (paper 1 or 8); 0 = half of --rollouts", low=0)
+    tree_forks: int = setting(0, "CARL: trajectories of a board from its most critical states, N (paper 16); 0 = those that are "
+                                 "left of --rollouts, so a tree has as many leaves as a group", low=0)
     turn_clip: str = setting("paper", "A2TGPO: its paper's clip range, 0.003 and 0.004, or the common one of the other credits",
                              choices=("paper", "common"))
     # the loop
@@ -229,6 +229,11 @@ class Settings:
     def autocast(self):
         """The context of a forward pass."""
         return torch.autocast(self.torch_device().type, torch.bfloat16, enabled=self.half)
+
+    def tree(self):
+        """CARL's (N0, N) of a board."""
+        roots = self.tree_roots or max(1, self.rollouts // 2)
+        return roots, self.tree_forks or max(1, self.rollouts - roots)
 
     def evaluation_seeds(self):
         start = EVALUATION_SEED if self.boards == "evaluation" else VALIDATION_SEED
@@ -674,8 +679,8 @@ def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lam
     policy, reference, tokenizer = load_pair(base, s)
     learner, method = Learner(policy, reference, algo, name, s), split_credit(name)[0]
     env = s.make_env()
-    held_out = first_observations(env, s)
-    envs = [copy.deepcopy(env) for _ in range(max(s.prompts * max(s.rollouts, s.tree_roots), s.eval_boards * s.eval_rollouts))]
+    held_out, (roots, forks) = first_observations(env, s), s.tree()
+    envs = [copy.deepcopy(env) for _ in range(max(s.prompts * max(s.rollouts, roots), s.eval_boards * s.eval_rollouts))]
     rng = np.random.default_rng(seed)  # boards and minibatches
     generator = torch.Generator(device).manual_seed(seed)  # tokens
     lines, path = [], checkpoint_path(s, algo, credit, seed)
@@ -695,7 +700,7 @@ def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lam
         if method == "carl":
             with s.autocast():
                 trajectories = sampling.tree_rollout(
-                    policy, tokenizer, envs[: s.prompts * s.tree_roots], seeds=seeds, roots=s.tree_roots, forks=s.tree_forks,
+                    policy, tokenizer, envs[: s.prompts * roots], seeds=seeds, roots=roots, forks=forks,
                     temperature=s.temperature, max_response_tokens=s.max_response_tokens, generator=generator)
         else:
             trajectories = play(policy, tokenizer, envs, np.repeat(seeds, s.rollouts).tolist(), s, s.temperature, generator)

@@ -222,6 +222,13 @@ def test_only_responses_at_forked_states_are_trained(agent):
     assert any(not torch.equal(before[name], x) for name, x in made.policy.state_dict().items())
 
 
+@pytest.mark.parametrize("own, expected", [({}, (8, 8)), ({"rollouts": 6}, (3, 3)), ({"rollouts": 2}, (1, 1)),
+                                           ({"tree_roots": 1}, (1, 15)), ({"tree_roots": 8, "tree_forks": 16}, (8, 16)),
+                                           ({"tree_roots": 16}, (16, 1))])
+def test_a_tree_has_as_many_leaves_as_a_group_unless_told_otherwise(own, expected):
+    assert Settings(algos=("grpo",), credits=("carl",), **own).tree() == expected
+
+
 def test_a_tree_whose_leaves_agree_gives_no_update_and_says_so(agent, tmp_path):
     """An agent that never answers: every leaf pays the same, the step is skipped and counted."""
     model, tokenizer, _ = agent
@@ -436,7 +443,7 @@ def test_the_turn_clip_is_the_papers_or_the_common_one(agent, clip, fraction):
 
 @pytest.mark.parametrize("credits, words", [
     (("carl+a2tgpo",), "credits"), (("actfocus+actfocus",), "credits"), (("carl+magic",), "credits"),
-    (("a2tgpo",), "gold answer"), (("carl:tree_forks=0",), "tree_forks"), (("",), "credits")])
+    (("a2tgpo",), "gold answer"), (("carl:tree_forks=-1",), "tree_forks"), (("",), "credits")])
 def test_credits_that_cannot_be_are_refused(credits, words):
     with pytest.raises(ValueError, match=words):
         Settings(algos=("grpo",), credits=credits)
