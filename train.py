@@ -62,7 +62,7 @@ TINY_BOARDS = {"sokoban": {"walls": 0, "min_moves": 2, "max_moves": 6, "max_turn
                "sudoku": {"hint": True, "max_turns": 4, "max_actions": 8},
                "shop": {"products": 60, "page": 3}}
 # Defaults that differ by environment and by --preset; the command line overrides both.
-ENV_DEFAULTS = {"frozenlake": {"worse_noise": 0.85},
+ENV_DEFAULTS = {"frozenlake": {"worse_noise": 0.95},
                 "shop": {"warm_noise": 0.1, "worse_noise": 0.6, "warm_episodes": 2000},
                 "sudoku": {"max_response_tokens": 140, "worse_noise": 0.3}}  # a fact an empty cell; mistakes are hard to mend
 PRESETS = {"paper": {"paper_boards": True, "steps": 200, "max_response_tokens": 400, "eval_boards": 32, "eval_rollouts": 16,
