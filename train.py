@@ -931,7 +931,8 @@ def plot(summary, path):
         return False
     groups = by_algo_and_credit(summary)
     algos = list(dict.fromkeys(algo for algo, _ in groups))
-    figure, axes = plt.subplots(1, len(algos), figsize=(5 * len(algos), 3.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(algos), figsize=(5 * len(algos) + 1.5, 3.6), sharey=True, squeeze=False,
+                                layout="constrained")
     for axis, algo in zip(axes[0], algos):
         for credit, arms in ((credit, arms) for (name, credit), arms in groups.items() if name == algo):
             curves = np.array([arm["eval_success"] for arm in arms])  # [seeds, evaluations]
@@ -943,8 +944,7 @@ def plot(summary, path):
                           fontsize=7)
         axis.set(title=algo.upper(), xlabel="step", ylim=(0, 1.02))
     axes[0][0].set_ylabel("success on evaluation boards")
-    axes[0][0].legend()
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True

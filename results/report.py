@@ -117,8 +117,8 @@ def plan():
                   "final, against uniform [95 %], seeds ahead"], rows)
 
 
-def rivals(name):
-    groups = train.by_algo_and_credit(load(name))
+def rivals(*names):
+    groups = {key: arms for name in names for key, arms in train.by_algo_and_credit(load(name)).items()}
     least = min(arm["eval_generated_tokens"][-1] for arms in groups.values() for arm in arms)
     plain, rows = groups["grpo", "uniform"], []
     for (algo, credit), arms in groups.items():
@@ -134,15 +134,17 @@ def rivals(name):
 
 def others():
     rows = []
-    for name in ("frozenlake", "sudoku", "shop"):
-        if not (RESULTS / name).exists():
-            continue
-        summary = load(name)
-        for (algo, credit), arms in train.by_algo_and_credit(summary).items():
-            rows.append([name, name_of(algo, credit), str(arms[0]["eval_steps"][-1]), f"{100 * summary['floor']:.1f}",
-                         f"{100 * curve(arms)[0]:.1f}", spread([a["final_success"] for a in arms]),
-                         f"{100 * summary['ceiling']:.1f}"])
-    return table(["environment", "", "steps", "random actions", "before", "final", "best play"], rows)
+    for name, directory in (("frozenlake", "frozenlake"), ("sudoku", "rivals-sudoku")):
+        summary = load(directory)
+        groups = train.by_algo_and_credit(summary)
+        for (algo, credit), arms in groups.items():
+            if credit.split(":")[0] in ("uniform", "actfocus"):
+                rows.append([name, name_of(algo, credit), str(arms[0]["eval_steps"][-1]), f"{100 * summary['floor']:.1f}",
+                             f"{100 * curve(arms)[0]:.1f}", spread([a["final_success"] for a in arms]),
+                             "" if credit == "uniform" else interval(arms, groups[algo, "uniform"]),
+                             f"{100 * summary['ceiling']:.1f}"])
+    return table(["environment", "", "steps", "random actions", "before", "final", "final, against uniform [95 %], seeds ahead",
+                  "best play"], rows)
 
 
 def diagnosis():
