@@ -38,6 +38,20 @@ def response(actions, think=""):
     return f"<think>{think}</think><answer>{' || '.join(actions)}</answer>"
 
 
+def _whole(low, **values):
+    """ValueError unless every value is an integer of at least `low`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{name} must be an integer from {low}, got {value!r}")
+
+
+def _share(**values):
+    """ValueError unless every value is a number in [0, 1]."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+
+
 class Env:
     """What every environment shares: the conversation, the budgets, parsing and the format penalty.
 
@@ -53,11 +67,8 @@ class Env:
     format_penalty = 0.1
 
     def __init__(self, *, max_turns=5, actions_per_turn=2, max_actions=10, response_limit=400):
-        limits = dict(max_turns=max_turns, actions_per_turn=actions_per_turn, max_actions=max_actions,
-                      response_limit=response_limit)
-        for key, value in limits.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key} must be a positive integer, got {value!r}")
+        _whole(1, max_turns=max_turns, actions_per_turn=actions_per_turn, max_actions=max_actions,
+               response_limit=response_limit)
         self.max_turns, self.actions_per_turn, self.max_actions = max_turns, actions_per_turn, max_actions
         self.response_limit = response_limit  # tokens; only told to the agent, the sampler enforces it
         self.rng = np.random.default_rng()
@@ -251,8 +262,9 @@ class Sokoban(Env):
         super().__init__(**budgets)
         playable = min(self.max_actions, self.max_turns * self.actions_per_turn)
         max_moves = playable if max_moves is None else max_moves
+        _whole(0, size=size, walls=walls, boxes=boxes, min_moves=min_moves, max_moves=max_moves)
         inner = max(size - 2, 0) ** 2
-        if size < 4 or walls < 0 or boxes < 1 or inner < walls + 2 * boxes + 1:
+        if size < 4 or boxes < 1 or inner < walls + 2 * boxes + 1:
             raise ValueError(f"size {size} has no room for {walls} walls, {boxes} boxes, their targets and the player")
         if not 1 <= min_moves <= max_moves <= playable:
             raise ValueError(f"need 1 <= min_moves <= max_moves <= {playable} (the budget), got {min_moves}..{max_moves}")
@@ -363,12 +375,10 @@ class FrozenLake(Env):
 
     def __init__(self, *, size=4, frozen=0.9, intended=0.8, **budgets):
         super().__init__(**budgets)
-        if size < 2:
-            raise ValueError(f"size must be at least 2, got {size}")
-        if not 0 < frozen <= 1:
-            raise ValueError(f"frozen must be in (0, 1], got {frozen}")
-        if not 0 <= intended <= 1:
-            raise ValueError(f"intended must be in [0, 1], got {intended}")
+        _whole(2, size=size)
+        _share(frozen=frozen, intended=intended)
+        if not frozen:
+            raise ValueError("frozen must be above 0: nobody can cross a lake of holes")
         self.size, self.frozen, self.intended = size, frozen, intended
 
     def instance(self):
@@ -496,7 +506,7 @@ class Sudoku(Env):
         if not isinstance(hint, bool):
             raise ValueError(f"hint must be true or false, got {hint!r}")
         if self.blanks[difficulty] > min(self.max_actions, self.max_turns * self.actions_per_turn):
-            raise ValueError(f"{self.blanks[difficulty]} blanks cannot be filled within the budget")
+            raise ValueError(f"{self.blanks[difficulty]} blanks cannot be filled within max_turns and max_actions")
         if observation not in ("grid", "units"):
             raise ValueError(f"observation must be grid or units, got {observation!r}")
         self.difficulty, self.hint, self.observation = difficulty, hint, observation
@@ -656,15 +666,13 @@ class Shop(Env):
 
     def __init__(self, *, products=300, page=5, catalogue_seed=0, max_turns=9, actions_per_turn=1, max_actions=9, **budgets):
         super().__init__(max_turns=max_turns, actions_per_turn=actions_per_turn, max_actions=max_actions, **budgets)
-        for key, value in dict(products=products, page=page).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key} must be a positive integer, got {value!r}")
-        if isinstance(catalogue_seed, bool) or not isinstance(catalogue_seed, int) or catalogue_seed < 0:
-            raise ValueError(f"catalogue_seed must be an integer from 0, got {catalogue_seed!r}")
+        _whole(1, products=products, page=page)
+        _whole(0, catalogue_seed=catalogue_seed)
         if actions_per_turn != 1:
             raise ValueError("actions_per_turn must be 1: what can be clicked depends on the click before")
         if min(self.max_turns, self.max_actions) < 3 + len(OPTIONS):
-            raise ValueError(f"a purchase takes {3 + len(OPTIONS)} turns: search, product, {len(OPTIONS)} options, buy now")
+            raise ValueError(f"max_turns and max_actions must be at least {3 + len(OPTIONS)}: search, product, {len(OPTIONS)} "
+                             "options, buy now")
         self.products, self.page, self.catalogue_seed = catalogue(catalogue_seed, products), page, catalogue_seed
 
     def instance(self):

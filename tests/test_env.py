@@ -278,9 +278,11 @@ def test_facts_are_true_and_their_opposites_false(name):
     ("sudoku", {"difficulty": "brutal"}), ("sudoku", {"hint": 1}), ("sudoku", {"max_turns": 2}),
     ("shop", {"actions_per_turn": 2}), ("shop", {"products": 0}), ("shop", {"page": "many"}),
     ("shop", {"catalogue_seed": -1}), ("shop", {"max_turns": 3}),
-    ("frozenlake", {"frozen": 0}), ("frozenlake", {"intended": 1.5}), ("frozenlake", {"size": 1})])
-def test_bad_options_are_a_value_error(name, options):
-    with pytest.raises(ValueError):
+    ("sokoban", {"boxes": 1.0}), ("sokoban", {"min_moves": "two"}),
+    ("frozenlake", {"frozen": 0}), ("frozenlake", {"frozen": "ice"}), ("frozenlake", {"intended": 1.5}),
+    ("frozenlake", {"intended": None}), ("frozenlake", {"size": 1}), ("frozenlake", {"size": "big"})])
+def test_bad_options_are_a_value_error_that_names_them(name, options):
+    with pytest.raises(ValueError, match=next(iter(options), name)):
         make(name, **options)
 
 
