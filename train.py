@@ -62,8 +62,8 @@ TINY_BOARDS = {"sokoban": {"walls": 0, "min_moves": 2, "max_moves": 6, "max_turn
                "sudoku": {"hint": True, "max_turns": 4, "max_actions": 8},
                "shop": {"products": 60, "page": 3}}
 # Defaults that differ by environment and by --preset; the command line overrides both.
-ENV_DEFAULTS = {"frozenlake": {"worse_noise": 0.95},
-                "shop": {"warm_noise": 0.1, "worse_noise": 0.6, "warm_episodes": 2000},
+ENV_DEFAULTS = {"frozenlake": {"worse_noise": 0.95, "keep": 1.0},  # the paper's filter is off here (under GRPO) and in the shop
+                "shop": {"warm_noise": 0.1, "worse_noise": 0.6, "warm_episodes": 2000, "keep": 1.0},
                 "sudoku": {"max_response_tokens": 140, "worse_noise": 0.3}}  # a fact an empty cell; mistakes are hard to mend
 PRESETS = {"paper": {"paper_boards": True, "steps": 200, "max_response_tokens": 400, "eval_boards": 32, "eval_rollouts": 16,
                      "width": 128, "layers": 4, "warm_steps": 6000, "warm_episodes": 12000}}
@@ -115,7 +115,7 @@ class Settings:
     prompts: int = setting(8, "boards a step, P", low=1)
     rollouts: int = setting(16, "trajectories a board, G", low=2)
     keep: float = setting(0.25, "share of the groups kept, those with the largest spread of returns; 1 = no filter (paper "
-                                "0.25 on Sokoban)", low=0.01, high=1)
+                                "0.25 on Sokoban and Sudoku, 1 in the shop and, under GRPO, on FrozenLake)", low=0.01, high=1)
     minibatch: int = setting(32, "trajectories an optimiser update", low=1)
     micro_batch: int = setting(16, "trajectories a forward pass; changes memory and speed, not the result", low=1)
     epochs: int = setting(1, "passes over a step's trajectories", low=1)
