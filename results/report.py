@@ -135,7 +135,7 @@ def rivals(*names):
 
 def others():
     rows = []
-    for name, directory in (("frozenlake", "frozenlake"), ("sudoku", "rivals-sudoku")):
+    for name, directory in (("frozenlake", "frozenlake"), ("sudoku", "rivals-sudoku"), ("shop", "shop")):
         summary = load(directory)
         groups = train.by_algo_and_credit(summary)
         for (algo, credit), arms in groups.items():
