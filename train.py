@@ -67,13 +67,52 @@ ENV_DEFAULTS = {"frozenlake": {"worse_noise": 0.95, "keep": 1.0},  # the paper's
                 "sudoku": {"max_response_tokens": 140, "worse_noise": 0.3}}  # a fact an empty cell; mistakes are hard to mend
 PRESETS = {"paper": {"paper_boards": True, "steps": 200, "max_response_tokens": 400, "eval_boards": 32, "eval_rollouts": 16,
                      "width": 128, "layers": 4, "warm_steps": 6000, "warm_episodes": 12000}}
-# A credit is a way to advantages (METHODS below), ActFocus's token weights, or both, joined by +
-CREDITS = ("uniform", "actfocus", "carl", "a2tgpo")
 # What a credit may have for itself, as in `--credits uniform uniform:lr=3e-5 actfocus:alpha=0.3,signal=nll`
 OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "epochs", "lr", "critic_lr", "clip_low", "clip_high",
                 "value_clip", "gamma", "lam", "entropy_coef", "kl_coef", "max_grad_norm", "tree_roots", "tree_forks", "turn_clip")
 A2TGPO_CLIP = (0.003, 0.004)  # its paper's range of a turn's ratio
 EVALUATION_SEED, VALIDATION_SEED = 1_000_000_000, 2_000_000_000  # training boards are drawn from below both
+
+
+# Credits --------------------------------------------------------------------------------------------------------------
+
+
+def group_credit(trajectories, returns, agent):
+    """GRPO: one advantage a trajectory. Under PPO the critic's take its place."""
+    return trajectories, {"advantages": group_advantages(returns).flatten()[:, None] * trajectories.response_mask}
+
+
+def tree_credit(trajectories, returns, agent):
+    """CARL: responses are credited with what they changed in the tree's values; only those at forked states are trained."""
+    advantages, trained = torch.zeros(trajectories.ids.shape), torch.zeros_like(trajectories.response_mask)
+    for start in range(0, len(trajectories), returns.shape[1]):
+        tree = [(row, edge) for row in range(start, start + returns.shape[1]) for edge in trajectories.edges[row]]
+        parents, ends = zip(*((edge.parent, edge.returns) for _, edge in tree))
+        for (row, edge), value in zip(tree, tree_advantages(torch.tensor(parents), torch.tensor(ends, dtype=torch.float64))):
+            if edge.forked:
+                here = trajectories.turn_ids[row] == edge.turn
+                advantages[row, here], trained[row, here] = value, True
+    trajectories = dataclasses.replace(trajectories, response_mask=trained, action_mask=trajectories.action_mask & trained)
+    return trajectories, {"advantages": advantages}
+
+
+def turn_credit(trajectories, returns, agent):
+    """A2TGPO: outcome and information gain of each turn; a turn's gain also widens or narrows its clip range."""
+    policy, tokenizer, settings = agent
+    with settings.autocast():
+        belief = beliefs(policy, tokenizer, trajectories, settings.micro_batch)  # [B, K + 1]
+    played = torch.arange(belief.shape[1] - 1) < trajectories.turns[:, None]  # [B, K]
+    group = torch.arange(len(returns)).repeat_interleave(returns.shape[1])
+    advantages, gain = turn_gain_advantages(belief.diff(dim=1), played, returns.flatten(), group)
+    of_token = lambda x: x.gather(1, trajectories.turn_ids.clamp(min=0))  # [B, K] -> [B, T]
+    return trajectories, {"advantages": of_token(advantages) * trajectories.response_mask,
+                          "clip_scale": of_token(turn_clip_scale(gain, played))}
+
+
+# (trajectories, returns[P, G], agent) -> (trajectories, their masks narrowed to what is trained; [B, T] tensors for the loss)
+METHODS = {"uniform": group_credit, "carl": tree_credit, "a2tgpo": turn_credit}
+# A credit is one of these ways to advantages, ActFocus's token weights, or both, joined by +
+CREDITS = (*METHODS, "actfocus")
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -345,42 +384,6 @@ def credit_weights(credit, signal, action_mask, response_mask, settings):
     """The token weights of a credit: ActFocus's, or 1 everywhere."""
     alpha, beta = (settings.alpha, settings.beta) if split_credit(credit)[1] else (1.0, 0.0)
     return token_weights(signal, action_mask, response_mask, alpha=alpha, beta=beta)
-
-
-def group_credit(trajectories, returns, agent):
-    """GRPO: one advantage a trajectory. Under PPO the critic's take its place."""
-    return trajectories, {"advantages": group_advantages(returns).flatten()[:, None] * trajectories.response_mask}
-
-
-def tree_credit(trajectories, returns, agent):
-    """CARL: responses are credited with what they changed in the tree's values; only those at forked states are trained."""
-    advantages, trained = torch.zeros(trajectories.ids.shape), torch.zeros_like(trajectories.response_mask)
-    for start in range(0, len(trajectories), returns.shape[1]):
-        tree = [(row, edge) for row in range(start, start + returns.shape[1]) for edge in trajectories.edges[row]]
-        parents, ends = zip(*((edge.parent, edge.returns) for _, edge in tree))
-        for (row, edge), value in zip(tree, tree_advantages(torch.tensor(parents), torch.tensor(ends, dtype=torch.float64))):
-            if edge.forked:
-                here = trajectories.turn_ids[row] == edge.turn
-                advantages[row, here], trained[row, here] = value, True
-    trajectories = dataclasses.replace(trajectories, response_mask=trained, action_mask=trajectories.action_mask & trained)
-    return trajectories, {"advantages": advantages}
-
-
-def turn_credit(trajectories, returns, agent):
-    """A2TGPO: outcome and information gain of each turn; a turn's gain also widens or narrows its clip range."""
-    policy, tokenizer, settings = agent
-    with settings.autocast():
-        belief = beliefs(policy, tokenizer, trajectories, settings.micro_batch)  # [B, K + 1]
-    played = torch.arange(belief.shape[1] - 1) < trajectories.turns[:, None]  # [B, K]
-    group = torch.arange(len(returns)).repeat_interleave(returns.shape[1])
-    advantages, gain = turn_gain_advantages(belief.diff(dim=1), played, returns.flatten(), group)
-    of_token = lambda x: x.gather(1, trajectories.turn_ids.clamp(min=0))  # [B, K] -> [B, T]
-    return trajectories, {"advantages": of_token(advantages) * trajectories.response_mask,
-                          "clip_scale": of_token(turn_clip_scale(gain, played))}
-
-
-# (trajectories, returns[P, G], agent) -> (trajectories, their masks narrowed to what is trained; [B, T] tensors for the loss)
-METHODS = {"uniform": group_credit, "carl": tree_credit, "a2tgpo": turn_credit}
 
 
 def scores_of(batch):
