@@ -20,7 +20,10 @@ import inspect
 import re
 import statistics
 import time
+import warnings
+import weakref
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -31,7 +34,6 @@ from transformers import (AttentionInterface, AutoModelForCausalLM, AutoTokenize
                           Qwen2ForCausalLM)
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from env import make, response
 from kernels import token_stats
@@ -239,66 +241,76 @@ def pack(transcripts, pad_id):
 CACHE_BLOCK = 64  # columns that the cache grows by
 
 
-def room(columns):
-    return -(-columns // CACHE_BLOCK) * CACHE_BLOCK
+class Slots(DynamicLayer):
+    """A layer's keys and values, in memory that a decode step neither moves nor allocates: new ones go into the columns that
+    the decoder names. It hands out all columns, those not yet used among them, which the mask hides: memory without gaps is
+    read twice as fast as slices of it."""
 
-
-class GrowingLayer(DynamicLayer):
-    """DynamicLayer that grows a block at a time instead of copying the whole cache for every token, and takes new columns for
-    its first rows alone. It hands out whole blocks, the columns not yet used among them, which the mask hides: memory without
-    gaps is read twice as fast as slices of it."""
-
-    used = 0  # columns
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.store = [key_states[:, :, :0], value_states[:, :, :0]]
-        start, end, rows = self.used, self.used + key_states.shape[-2], len(key_states)
-        if end > self.store[0].shape[-2]:
-            self._resize(room(end))
-        for store, new in zip(self.store, (key_states, value_states)):
-            store[:rows, :, start:end] = new
-        self.used = end
-        # The mask of the first call is made before there is a layer to ask, so it is as long as the prompt.
-        self.keys, self.values = (store[:rows] if start else store[:rows, :, :end] for store in self.store)
-        return self.keys, self.values
-
-    def _resize(self, columns):
-        self.store = [nn.functional.pad(old[:, :, : self.used], (0, 0, 0, columns - self.used)) for old in self.store]
+            device = key_states.device.type  # under autocast, attention reads what it casts: keep it so
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key_states.dtype
+            rows, columns = self.decoder.held.shape
+            self.stores = [x.new_zeros(rows, x.shape[1], columns, x.shape[3], dtype=dtype) for x in (key_states, value_states)]
+        rows = len(key_states)
+        for store, new in zip(self.stores, (key_states, value_states)):
+            store[:rows].index_copy_(2, self.decoder.columns, new.to(store.dtype))
+        return [store[:rows] for store in self.stores]
 
     def get_seq_length(self):
-        return self.used
+        return self.decoder.used
 
-    def get_mask_sizes(self, query_length):
-        if not isinstance(query_length, int):  # the positions themselves, in transformers 5.0
-            query_length = len(query_length)
-        return room(self.used + query_length) if self.used else query_length, 0
+    def grow(self, columns):
+        self.stores = [nn.functional.pad(store, (0, 0, 0, columns - store.shape[2])) for store in self.stores]
 
     def swap(self, places, others):
-        for store in self.store:
-            used = store[:, :, : self.used]
+        for store in self.stores:
+            used = store[:, :, : self.decoder.used]
             used[torch.cat([places, others])] = used[torch.cat([others, places])]
 
     def keep(self, places, columns):
         """Keep the rows at `places` [R], and of each of them its columns [R, C]."""
-        heads, self.used = torch.arange(self.store[0].shape[1], device=places.device), columns.shape[1]
-        self.store = [store[places[:, None, None], heads[:, None], columns[:, None]] for store in self.store]
-        self._resize(room(self.used))
+        heads = torch.arange(self.stores[0].shape[1], device=places.device)
+        self.stores = [store[places[:, None, None], heads[:, None], columns[:, None]] for store in self.stores]
 
 
 def decode_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """sdpa; but a single query a row, on a CPU, is two plain products, for which sdpa's kernel there takes twice as long."""
+    """sdpa; but a single query a row is two plain products, for which sdpa's kernel on a CPU takes twice as long, and for which
+    Transformers first copies keys and values that heads share to each of them."""
     rows, heads, queries, size = query.shape
-    if queries > 1 or query.device.type != "cpu" or attention_mask is None or attention_mask.dtype != torch.bool:
+    if queries > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     grouped = query.view(rows, key.shape[1], -1, size) * (scaling or size**-0.5)  # query heads that share a key head together
     scores = (grouped @ key.transpose(2, 3)).masked_fill(~attention_mask, -torch.inf)
-    return (scores.softmax(-1) @ value).view(rows, 1, heads, size), None
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).view(rows, 1, heads, size), None
 
 
 AttentionInterface.register("decode", decode_attention)
-AttentionMaskInterface.register("decode", sdpa_mask)
+
+
+class Recording:
+    """A function of tensors, recorded on a GPU and replayed: a decode step is hundreds of small kernels, and starting them one
+    by one from Python takes longer than their work."""
+
+    proved = False
+
+    def __init__(self, function, inputs):
+        self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        # The outer context restores the stream, which the inner one does not do where recording fails.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self.graph):
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        for own, new in zip(self.inputs, inputs):
+            own.copy_(new)
+        self.graph.replay()
+        return self.output
 
 
 class Decoder:
@@ -306,26 +318,76 @@ class Decoder:
 
     def __init__(self, model, rows):
         self.model, self.device, self.rows = model, model.device, list(range(rows))  # rows[place] = number
-        self.cache = Cache(layer_class_to_replicate=GrowingLayer)
+        self.held = torch.full((rows, 0), -1, device=self.device)  # [rows, columns]: position of the token there, -1 = none
+        self.used = 0  # columns; the others are room
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self.cache = Cache(layer_class_to_replicate=partial(Slots, weakref.proxy(self)))  # no cycle: memory goes at once
         # transformers 5.24 renamed the argument
         self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        self.mask = torch.zeros(rows, 0, dtype=torch.long, device=self.device)  # [rows, columns]: 0 = holds nothing
-        self.lengths = self.mask.sum(1)  # [rows]
+        self.records = self.device.type == "cuda"  # decode steps; a CPU has nothing to gain from it
+        self.recording = None
+
+    def reserve(self, more):
+        """Room for `more` columns."""
+        columns = -(-(self.used + more) // CACHE_BLOCK) * CACHE_BLOCK
+        if columns > self.held.shape[1]:
+            self.held, self.recording = nn.functional.pad(self.held, (0, columns - self.held.shape[1]), value=-1), None
+            for layer in self.cache.layers:
+                layer.grow(columns)
 
     def feed(self, ids, mask):
-        """Append columns ids[n, c] to the first n rows; mask marks the real ones -> float32 logits after the last, [n, V]."""
-        n, mask = len(ids), mask.to(self.device)
+        """Append columns ids[n, c] to the first n rows; mask[n, c] marks the real ones -> float32 logits after the last, [n, V]."""
+        n, width = ids.shape
+        self.reserve(width)
+        ids, mask = ids.to(self.device), mask.to(self.device)
         positions = (self.lengths[:n, None] + mask.cumsum(1) - 1).clamp(min=0)
+        self.held[:n, self.used:self.used + width] = torch.where(mask, positions, -1)
         self.lengths[:n] += mask.sum(1)
-        self.mask = torch.cat([self.mask, nn.functional.pad(mask, (0, 0, 0, len(self.mask) - n))], dim=1)
-        out = self.model(input_ids=ids.to(self.device), attention_mask=self.mask[:n], position_ids=positions,
-                         use_cache=True, logits_to_keep=1, **{self.cache_name: self.cache})
+        columns = torch.arange(self.used, self.used + width, device=self.device)
+        logits = (self.replay if self.records and width == 1 else self.logits)(ids, positions, columns)
+        self.used += width
+        return logits
+
+    def logits(self, ids, positions, columns):
+        """ids and their positions [n, c] go into columns [c] of the cache -> logits after the last of them, [n, V]."""
+        self.columns = columns  # for the layers
+        out = self.model(input_ids=ids, attention_mask=self.mask(positions), position_ids=positions, use_cache=True,
+                         logits_to_keep=1, **{self.cache_name: self.cache})
         return out.logits[:, -1].float()
+
+    def mask(self, positions):
+        """What tokens at positions [n, c] attend to, [n, 1, c, columns]; by kind of layer, where a model has several."""
+        held, at, config = self.held[: len(positions), None, None], positions[:, None, :, None], self.model.config
+        seen = (held >= 0) & (held <= at)
+        window = getattr(config, "sliding_window", None)
+        masks = {kind: seen if window is None or kind == "full_attention" else seen & (held > at - window)
+                 for kind in getattr(config, "layer_types", None) or ["sliding_attention"]}
+        if config._attn_implementation == "eager":  # it adds the mask to the scores
+            masks = {kind: torch.where(mask, 0.0, torch.finfo(self.model.dtype).min) for kind, mask in masks.items()}
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+    def replay(self, *inputs):
+        """`logits` from a recording of it, once that has agreed with the model on a step that it was not recorded on."""
+        recording = self.recording if self.recording and len(self.recording.output) == len(inputs[0]) else None
+        if recording and recording.proved:
+            return recording(*inputs)
+        logits = self.logits(*inputs)
+        try:
+            if recording is None:
+                self.recording = Recording(self.logits, inputs)
+            elif torch.allclose(recording(*inputs), logits, rtol=0.05, atol=0.05):
+                recording.proved = True
+            else:
+                raise RuntimeError("the recording gives other logits than the model")
+        except RuntimeError as error:
+            self.records = False
+            warnings.warn(f"decode steps of this model cannot be recorded, so rollouts are slower than they could be: {error}")
+        return logits
 
     def swap(self, places, others):
         """The rows at `places` [n] and at `others` [n] trade them."""
         there, here = torch.cat([places, others]), torch.cat([others, places])
-        self.mask[there], self.lengths[there] = self.mask[here], self.lengths[here]
+        self.held[there], self.lengths[there] = self.held[here], self.lengths[here]
         before = list(self.rows)
         for to, origin in zip(there.tolist(), here.tolist()):
             self.rows[to] = before[origin]
@@ -334,13 +396,13 @@ class Decoder:
 
     def keep(self, rows):
         """Forget all other rows, and then the columns that hold nothing."""
-        if rows == self.rows and self.mask.all():
+        if rows == self.rows and (self.held[:, : self.used] >= 0).all():
             return
         places = torch.tensor([self.rows.index(row) for row in rows], device=self.device)
-        self.rows, self.mask, self.lengths = list(rows), self.mask[places], self.lengths[places]
-        empty = self.mask.shape[1] - int(self.lengths.max())
-        columns = self.mask.argsort(dim=1, stable=True)[:, empty:]  # [rows, C]: those that hold something last, in their order
-        self.mask = self.mask.gather(1, columns)
+        self.rows, self.held, self.lengths, self.recording = list(rows), self.held[places], self.lengths[places], None
+        # What holds something last, in its order; then the columns that hold something in some row.
+        columns = (self.held[:, : self.used] >= 0).int().argsort(dim=1, stable=True)[:, self.used - int(self.lengths.max()):]
+        self.held, self.used = self.held.gather(1, columns), columns.shape[1]
         for layer in self.cache.layers:
             layer.keep(places, columns)
 
@@ -364,7 +426,9 @@ def sample_turn(decoder, prompts, stop_ids, pad_id, temperature, max_tokens, gen
     """
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+    if decoder.records:  # memory that grew within the turn would be other memory than the recording's
+        decoder.reserve(width + max_tokens)
     logits = decoder.feed(ids, mask)
     stops = torch.tensor(sorted(stop_ids), device=logits.device)
     responses = {row: ([], []) for row in decoder.rows}
@@ -379,11 +443,12 @@ def sample_turn(decoder, prompts, stop_ids, pad_id, temperature, max_tokens, gen
         left = int(running.sum())
         if step + 1 == max_tokens or not left:
             return responses
-        if left < 0.75 * len(running):  # the others go to the end of the cache, where they cost nothing until the next turn
+        # The others go to the end of the cache, where they cost nothing until the next turn. (Fewer rows: another recording.)
+        if left < (0.5 if decoder.records else 0.75) * len(running):
             first, last = running[:left], running[left:]
             decoder.swap((~first).nonzero()[:, 0], left + last.nonzero()[:, 0])
             tokens, running = tokens[:left].masked_scatter(~first, tokens[left:][last]), torch.ones_like(first)
-        logits = decoder.feed(torch.where(running, tokens, pad_id)[:, None], running[:, None].long())
+        logits = decoder.feed(torch.where(running, tokens, pad_id)[:, None], running[:, None])
 
 
 @torch.no_grad()
@@ -429,7 +494,7 @@ class Sampler:
         """Play all of them on to the end of their episodes."""
         was_training, attention = self.model.training, self.model.config._attn_implementation
         self.model.eval()
-        if attention == "sdpa":
+        if attention != "eager":
             self.model.set_attn_implementation("decode")
         decoder, playing = Decoder(self.model, len(transcripts)), list(range(len(transcripts)))
         while playing:

@@ -1,11 +1,12 @@
 """Multi-turn sampling: what is recorded is what the model saw, and spans are where the tags are."""
 
+import copy
 import inspect
 
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import env as environments
 import rollout as sampling
@@ -27,23 +28,28 @@ class Scripted(environments.Sokoban):
         return result
 
 
+def ragged_envs():
+    return [Scripted(walls=0, max_moves=2, observation="both") for _ in range(6)]
+
+
 @pytest.fixture(scope="module")
 def ragged(agent):
-    envs = [Scripted(walls=0, max_moves=2, observation="both") for _ in range(6)]
-    return run(agent, envs=envs)
+    return run(agent, envs=ragged_envs())
+
+
+def assert_logprobs_are_those_of_a_plain_forward_pass(model, played, atol=2e-5):
+    for row, n in enumerate(played.lengths.tolist()):
+        ids, mask = played.ids[row, :n], played.response_mask[row, 1:n]
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(ids[None]).logits[0, :-1].float(), -1).gather(-1, ids[1:, None])[:, 0]
+        torch.testing.assert_close(played.logprobs[row, 1:n][mask], logprobs[mask], atol=atol, rtol=0)
+        assert not played.logprobs[row, 1:n][~mask].any()
 
 
 def test_sampled_logprobs_are_those_of_one_plain_forward_pass(agent, ragged):
     """The cache over several turns, the padding columns and the shrinking batch change nothing."""
-    model = agent[0]
     assert ragged.turns.tolist() == [1, 2, 3, 4, 1, 2]
-    for row in range(6):
-        n = ragged.lengths[row]
-        ids, mask = ragged.ids[row, :n], ragged.response_mask[row, 1:n]
-        with torch.no_grad():
-            logprobs = torch.log_softmax(model(ids[None]).logits[0, :-1], -1).gather(-1, ids[1:, None])[:, 0]
-        torch.testing.assert_close(ragged.logprobs[row, 1:n][mask], logprobs[mask], atol=2e-5, rtol=0)
-        assert not ragged.logprobs[row, 1:n][~mask].any()
+    assert_logprobs_are_those_of_a_plain_forward_pass(agent[0], ragged)
 
 
 class Counting(torch.nn.Module):
@@ -92,6 +98,86 @@ def test_rows_that_are_done_leave_the_batch(agent):
         responses = sampling.sample_turn(decoder, [t.ids for t in transcripts], {stop}, 0, 1.0, 20, None)
     assert [rows for rows, _ in counting.calls] == [8] + [1] * 19
     assert {row: len(ids) for row, (ids, _) in responses.items()} == {row: 20 if row == 5 else 1 for row in range(8)}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kinds", [["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention", "sliding_attention"]])
+def test_layers_of_any_kind_see_in_the_cache_what_they_see_without_one(agent, kinds, attention):
+    """A window counts tokens of the row, whatever padding lies between them in the cache."""
+    tokenizer = agent[1]
+    config = Qwen2Config(**sampling.tiny_model(tokenizer).config.to_dict() | {
+        "use_sliding_window": True, "sliding_window": 7, "layer_types": kinds})
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM._from_config(config, attn_implementation=attention).eval()
+    assert_logprobs_are_those_of_a_plain_forward_pass(model, run((model, tokenizer, None), envs=ragged_envs()))
+    assert model.config._attn_implementation == attention
+
+
+class Rehearsal:
+    """A recording as it would be on a GPU: it has its own inputs and output, and reads and writes the memory of when it was made."""
+
+    made, replays, error, wrong, proved = 0, 0, None, 0.0, False
+
+    def __init__(self, function, inputs):
+        if Rehearsal.error:
+            raise RuntimeError(Rehearsal.error)
+        self.function, self.inputs = function, [x.clone() for x in inputs]
+        self.memory, self.output = self.addresses(), function(*self.inputs)
+        Rehearsal.made += 1
+
+    def addresses(self):
+        decoder = self.function.__self__
+        return [decoder.held.data_ptr(), *(store.data_ptr() for layer in decoder.cache.layers for store in layer.stores)]
+
+    def __call__(self, *inputs):
+        assert self.addresses() == self.memory
+        for own, new in zip(self.inputs, inputs):
+            own.copy_(new)
+        Rehearsal.replays += 1
+        return self.output.copy_(self.function(*self.inputs) + Rehearsal.wrong)
+
+
+@pytest.fixture
+def rehearsal(monkeypatch):
+    class Recorded(sampling.Decoder):
+        def __init__(self, model, rows):
+            super().__init__(model, rows)
+            self.records = True
+    for name, value in {"made": 0, "replays": 0, "error": None, "wrong": 0.0}.items():
+        monkeypatch.setattr(Rehearsal, name, value)
+    monkeypatch.setattr(sampling, "Recording", Rehearsal)
+    monkeypatch.setattr(sampling, "Decoder", Recorded)
+    return Rehearsal
+
+
+@pytest.mark.parametrize("half, atol", [(False, 2e-5), (True, 0.08)])
+def test_recorded_decode_steps_give_the_models_logprobs(agent, rehearsal, recwarn, half, atol):
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        assert_logprobs_are_those_of_a_plain_forward_pass(agent[0], run(agent, envs=ragged_envs()), atol)
+    assert rehearsal.replays > 10 * rehearsal.made > 0 and not recwarn.list
+
+
+@pytest.mark.parametrize("problem", [{"error": "operation not permitted when stream is capturing"}, {"wrong": 1.0}])
+def test_a_recording_that_fails_or_is_wrong_is_named_and_not_used(agent, rehearsal, problem):
+    for name, value in problem.items():
+        setattr(rehearsal, name, value)
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        played = run(agent, envs=ragged_envs())
+    assert_logprobs_are_those_of_a_plain_forward_pass(agent[0], played)
+    assert rehearsal.replays <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_decode_steps_are_recorded_and_give_the_models_logprobs(agent, recwarn, monkeypatch):
+    replays = []
+    call = sampling.Recording.__call__
+    monkeypatch.setattr(sampling.Recording, "__call__", lambda self, *inputs: replays.append(1) or call(self, *inputs))
+    model, tokenizer, _ = agent
+    model = copy.deepcopy(model).cuda()
+    played = rollout(model, tokenizer, ragged_envs(), seeds=range(6), temperature=1.0, max_response_tokens=25,
+                     generator=torch.Generator("cuda").manual_seed(0))
+    assert len(replays) > 50 and not recwarn.list
+    assert_logprobs_are_those_of_a_plain_forward_pass(model.cpu(), played, atol=1e-3)
 
 
 @pytest.mark.parametrize("heads, shared", [(4, 4), (4, 2), (4, 1)])
