@@ -699,6 +699,8 @@ def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lam
     def learn():
         """Play, and learn from it -> metrics."""
         started = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         seeds = draw_seeds(env, rng, s.prompts, held_out)
         if method == "carl":
             with s.autocast():
@@ -719,6 +721,8 @@ def train_arm(settings, base, algo, credit, seed, report, resume=False, stop=lam
             trained = chosen.response_mask.any(1).nonzero()[:, 0]  # of a tree, rows may have nothing to train
             if tensors["advantages"].any() or algo == "ppo":
                 line |= learner.update(chosen.select(trained), {name: x[trained] for name, x in tensors.items()}, rng)
+        if device.type == "cuda":
+            line["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         return line | {"tokens_per_second": trajectories.response_mask.sum().item() / rollout_seconds,
                        "rollout_seconds": rollout_seconds, "seconds": time.perf_counter() - started}
 
