@@ -238,6 +238,116 @@ def pack(transcripts, pad_id):
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
+def sample(logits, temperature, generator):
+    """logits [rows, V] -> sampled tokens [rows], their log-probs [rows]."""
+    logprobs = torch.log_softmax(logits / temperature, -1)
+    if torch.isnan(logprobs).any():
+        raise FloatingPointError("the model's logits are not finite")
+    # The inverse of the distribution function: torch.multinomial draws a number for every word, a tenth of a rollout's time.
+    below = logprobs.double().exp().cumsum(-1)  # [rows, V]
+    drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator) * below[:, -1:]
+    token = torch.searchsorted(below, drawn, right=True).clamp(max=logits.shape[-1] - 1)  # right: never a word of mass 0
+    return token[:, 0], logprobs.gather(1, token)[:, 0]
+
+
+def sample_turn(decoder, prompts, stop_ids, pad_id, temperature, max_tokens, generator):
+    """One response for each row of the decoder, given its prompt (ids not yet fed) -> {row: (ids, log-probs)}.
+
+    A row ends with one of stop_ids or after max_tokens. Its last token is not fed: it opens the next prompt.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+    if decoder.records:  # memory that grew within the turn would be other memory than the recording's
+        decoder.reserve(width + max_tokens)
+    logits = decoder.feed(ids, mask)
+    stops = torch.tensor(sorted(stop_ids), device=logits.device)
+    responses = {row: ([], []) for row in decoder.rows}
+    running = torch.ones(len(prompts), dtype=torch.bool, device=logits.device)
+    for step in range(max_tokens):
+        tokens, logprobs = sample(logits, temperature, generator)
+        for row, going, token, logprob in zip(decoder.rows, running.tolist(), tokens.tolist(), logprobs.tolist()):
+            if going:
+                responses[row][0].append(token)
+                responses[row][1].append(logprob)
+        running = running & ~torch.isin(tokens, stops)
+        left = int(running.sum())
+        if step + 1 == max_tokens or not left:
+            return responses
+        # The others go to the end of the cache, where they cost nothing until the next turn. (Fewer rows: another recording.)
+        if left < (0.5 if decoder.records else 0.75) * len(running):
+            first, last = running[:left], running[left:]
+            decoder.swap((~first).nonzero()[:, 0], left + last.nonzero()[:, 0])
+            tokens, running = tokens[:left].masked_scatter(~first, tokens[left:][last]), torch.ones_like(first)
+        logits = decoder.feed(torch.where(running, tokens, pad_id)[:, None], running[:, None])
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, generator, max_context=None):
+    """Play one episode in each of envs -> Trajectories, in their order, on the CPU.
+
+    model: Hugging Face causal LM; tokenizer: its tokenizer, with a chat template. envs: B environments, envs[i] is reset with
+    seeds[i]: equal seeds give the G rollouts of a group the same instance. temperature > 0, for sampling and for `logprobs`;
+    the distribution is not truncated (no top-k, no top-p), so the log-probs are the policy's. max_response_tokens: a longer
+    response is cut, and lacks its end-of-turn token. generator: torch.Generator on the model's device. max_context: an episode
+    ends where the next turn might not fit; the model's own limit by default. FloatingPointError: logits that are not finite.
+    """
+    sampler = Sampler(model, tokenizer, temperature, max_response_tokens, generator)
+    transcripts = sampler.open(envs, seeds, max_context)
+    sampler.finish(transcripts)
+    return pack(transcripts, sampler.pad_id)
+
+
+class Sampler:
+    """A model with its tokenizer and how it is sampled from; plays episodes to their end."""
+
+    def __init__(self, model, tokenizer, temperature, max_response_tokens, generator):
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        if max_response_tokens < 1:
+            raise ValueError(f"max_response_tokens must be at least 1, got {max_response_tokens}")
+        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
+        self.max_response_tokens, self.generator = max_response_tokens, generator
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        also = getattr(model.generation_config, "eos_token_id", None)
+        self.stop_ids = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
+
+    def open(self, envs, seeds, max_context=None):
+        """A Transcript of each environment, up to where the first response begins."""
+        if len(envs) != len(seeds) or not envs:
+            raise ValueError(f"need one seed an environment and at least one, got {len(envs)} and {len(seeds)}")
+        max_context = max_context or getattr(self.model.config, "max_position_embeddings", None) or 2**31
+        chats = {env.system_prompt: Chat(self.tokenizer, env.system_prompt, self.stop_ids) for env in envs}
+        return [Transcript(chats[env.system_prompt], env, seed, max_context, self.max_response_tokens)
+                for env, seed in zip(envs, seeds)]
+
+    def finish(self, transcripts):
+        """Play all of them on to the end of their episodes."""
+        was_training, attention = self.model.training, self.model.config._attn_implementation
+        self.model.eval()
+        if attention != "eager":
+            self.model.set_attn_implementation("decode")
+        try:
+            decoder, playing = Decoder(self.model, len(transcripts)), list(range(len(transcripts)))
+            while playing:
+                decoder.keep(playing)
+                prompts = [transcripts[i].ids[transcripts[i].fed:] for i in playing]
+                sampled = sample_turn(decoder, prompts, self.stop_ids, self.pad_id, self.temperature, self.max_response_tokens,
+                                      self.generator)
+                going_on = []
+                for i in playing:
+                    t, (ids, logprobs) = transcripts[i], sampled[i]
+                    t.fed = len(t.ids) + len(ids) - 1
+                    if t.respond(ids, logprobs):
+                        going_on.append(i)
+                playing = going_on
+        finally:
+            self.model.set_attn_implementation(attention)
+            self.model.train(was_training)
+
+
+# The cache ------------------------------------------------------------------------------------------------------------
+
 CACHE_BLOCK = 64  # columns that the cache grows by
 
 
@@ -405,111 +515,6 @@ class Decoder:
         self.held, self.used = self.held.gather(1, columns), columns.shape[1]
         for layer in self.cache.layers:
             layer.keep(places, columns)
-
-
-def sample(logits, temperature, generator):
-    """logits [rows, V] -> sampled tokens [rows], their log-probs [rows]."""
-    logprobs = torch.log_softmax(logits / temperature, -1)
-    if torch.isnan(logprobs).any():
-        raise FloatingPointError("the model's logits are not finite")
-    # The inverse of the distribution function: torch.multinomial draws a number for every word, a tenth of a rollout's time.
-    below = logprobs.double().exp().cumsum(-1)  # [rows, V]
-    drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator) * below[:, -1:]
-    token = torch.searchsorted(below, drawn, right=True).clamp(max=logits.shape[-1] - 1)  # right: never a word of mass 0
-    return token[:, 0], logprobs.gather(1, token)[:, 0]
-
-
-def sample_turn(decoder, prompts, stop_ids, pad_id, temperature, max_tokens, generator):
-    """One response for each row of the decoder, given its prompt (ids not yet fed) -> {row: (ids, log-probs)}.
-
-    A row ends with one of stop_ids or after max_tokens. Its last token is not fed: it opens the next prompt.
-    """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
-    if decoder.records:  # memory that grew within the turn would be other memory than the recording's
-        decoder.reserve(width + max_tokens)
-    logits = decoder.feed(ids, mask)
-    stops = torch.tensor(sorted(stop_ids), device=logits.device)
-    responses = {row: ([], []) for row in decoder.rows}
-    running = torch.ones(len(prompts), dtype=torch.bool, device=logits.device)
-    for step in range(max_tokens):
-        tokens, logprobs = sample(logits, temperature, generator)
-        for row, going, token, logprob in zip(decoder.rows, running.tolist(), tokens.tolist(), logprobs.tolist()):
-            if going:
-                responses[row][0].append(token)
-                responses[row][1].append(logprob)
-        running = running & ~torch.isin(tokens, stops)
-        left = int(running.sum())
-        if step + 1 == max_tokens or not left:
-            return responses
-        # The others go to the end of the cache, where they cost nothing until the next turn. (Fewer rows: another recording.)
-        if left < (0.5 if decoder.records else 0.75) * len(running):
-            first, last = running[:left], running[left:]
-            decoder.swap((~first).nonzero()[:, 0], left + last.nonzero()[:, 0])
-            tokens, running = tokens[:left].masked_scatter(~first, tokens[left:][last]), torch.ones_like(first)
-        logits = decoder.feed(torch.where(running, tokens, pad_id)[:, None], running[:, None])
-
-
-@torch.no_grad()
-def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, generator, max_context=None):
-    """Play one episode in each of envs -> Trajectories, in their order, on the CPU.
-
-    model: Hugging Face causal LM; tokenizer: its tokenizer, with a chat template. envs: B environments, envs[i] is reset with
-    seeds[i]: equal seeds give the G rollouts of a group the same instance. temperature > 0, for sampling and for `logprobs`;
-    the distribution is not truncated (no top-k, no top-p), so the log-probs are the policy's. max_response_tokens: a longer
-    response is cut, and lacks its end-of-turn token. generator: torch.Generator on the model's device. max_context: an episode
-    ends where the next turn might not fit; the model's own limit by default. FloatingPointError: logits that are not finite.
-    """
-    sampler = Sampler(model, tokenizer, temperature, max_response_tokens, generator)
-    transcripts = sampler.open(envs, seeds, max_context)
-    sampler.finish(transcripts)
-    return pack(transcripts, sampler.pad_id)
-
-
-class Sampler:
-    """A model with its tokenizer and how it is sampled from; plays episodes to their end."""
-
-    def __init__(self, model, tokenizer, temperature, max_response_tokens, generator):
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be positive, got {temperature}")
-        if max_response_tokens < 1:
-            raise ValueError(f"max_response_tokens must be at least 1, got {max_response_tokens}")
-        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
-        self.max_response_tokens, self.generator = max_response_tokens, generator
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        also = getattr(model.generation_config, "eos_token_id", None)
-        self.stop_ids = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
-
-    def open(self, envs, seeds, max_context=None):
-        """A Transcript of each environment, up to where the first response begins."""
-        if len(envs) != len(seeds) or not envs:
-            raise ValueError(f"need one seed an environment and at least one, got {len(envs)} and {len(seeds)}")
-        max_context = max_context or getattr(self.model.config, "max_position_embeddings", None) or 2**31
-        chats = {env.system_prompt: Chat(self.tokenizer, env.system_prompt, self.stop_ids) for env in envs}
-        return [Transcript(chats[env.system_prompt], env, seed, max_context, self.max_response_tokens)
-                for env, seed in zip(envs, seeds)]
-
-    def finish(self, transcripts):
-        """Play all of them on to the end of their episodes."""
-        was_training, attention = self.model.training, self.model.config._attn_implementation
-        self.model.eval()
-        if attention != "eager":
-            self.model.set_attn_implementation("decode")
-        decoder, playing = Decoder(self.model, len(transcripts)), list(range(len(transcripts)))
-        while playing:
-            decoder.keep(playing)
-            sampled = sample_turn(decoder, [transcripts[i].ids[transcripts[i].fed:] for i in playing], self.stop_ids, self.pad_id,
-                                  self.temperature, self.max_response_tokens, self.generator)
-            going_on = []
-            for i in playing:
-                t, (ids, logprobs) = transcripts[i], sampled[i]
-                t.fed = len(t.ids) + len(ids) - 1
-                if t.respond(ids, logprobs):
-                    going_on.append(i)
-            playing = going_on
-        self.model.set_attn_implementation(attention)
-        self.model.train(was_training)
 
 
 # Trees (CARL) ---------------------------------------------------------------------------------------------------------

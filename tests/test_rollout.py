@@ -196,6 +196,10 @@ def test_sampling_leaves_the_model_as_it_was(agent):
     model.train()
     run(agent, n=1)
     assert model.training and model.config._attn_implementation == "sdpa"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError):  # in the middle of a rollout, too
+        patch.setattr(sampling.Decoder, "logits", lambda self, ids, *_: torch.full((len(ids), 9), torch.nan))
+        run(agent, n=1)
+    assert model.training and model.config._attn_implementation == "sdpa"
     model.eval()
 
 
