@@ -258,7 +258,7 @@ def sample_turn(decoder, prompts, stop_ids, pad_id, temperature, max_tokens, gen
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
-    if decoder.records:  # memory that grew within the turn would be other memory than the recording's
+    if decoder.captures:  # memory that grew within the turn would not be the CUDA graph's
         decoder.reserve(width + max_tokens)
     logits = decoder.feed(ids, mask)
     stops = torch.tensor(sorted(stop_ids), device=logits.device)
@@ -274,8 +274,8 @@ def sample_turn(decoder, prompts, stop_ids, pad_id, temperature, max_tokens, gen
         left = int(running.sum())
         if step + 1 == max_tokens or not left:
             return responses
-        # The others go to the end of the cache, where they cost nothing until the next turn. (Fewer rows: another recording.)
-        if left < (0.5 if decoder.records else 0.75) * len(running):
+        # The others go to the end of the cache, where they cost nothing until the next turn. (Fewer rows need another graph.)
+        if left < (0.5 if decoder.captures else 0.75) * len(running):
             first, last = running[:left], running[left:]
             decoder.swap((~first).nonzero()[:, 0], left + last.nonzero()[:, 0])
             tokens, running = tokens[:left].masked_scatter(~first, tokens[left:][last]), torch.ones_like(first)
@@ -404,15 +404,15 @@ def decode_attention(module, query, key, value, attention_mask, scaling=None, **
 AttentionInterface.register("decode", decode_attention)
 
 
-class Recording:
-    """A function of tensors, recorded on a GPU and replayed: a decode step is hundreds of small kernels, and starting them one
-    by one from Python takes longer than their work."""
+class Captured:
+    """A function of tensors, captured as a CUDA graph and replayed: a decode step is hundreds of small kernels, and starting them
+    one by one from Python takes longer than their work."""
 
     proved = False
 
     def __init__(self, function, inputs):
         self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-        # The outer context restores the stream, which the inner one does not do where recording fails.
+        # The outer context restores the stream, which the inner one does not do where capturing fails.
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self.graph):
             self.output = function(*self.inputs)
 
@@ -434,14 +434,14 @@ class Decoder:
         self.cache = Cache(layer_class_to_replicate=partial(Slots, weakref.proxy(self)))  # no cycle: memory goes at once
         # transformers 5.24 renamed the argument
         self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        self.records = self.device.type == "cuda"  # decode steps; a CPU has nothing to gain from it
-        self.recording = None
+        self.captures = self.device.type == "cuda"  # decode steps; a CPU has nothing to gain from it
+        self.captured = None
 
     def reserve(self, more):
         """Room for `more` columns."""
         columns = -(-(self.used + more) // CACHE_BLOCK) * CACHE_BLOCK
         if columns > self.held.shape[1]:
-            self.held, self.recording = nn.functional.pad(self.held, (0, columns - self.held.shape[1]), value=-1), None
+            self.held, self.captured = nn.functional.pad(self.held, (0, columns - self.held.shape[1]), value=-1), None
             for layer in self.cache.layers:
                 layer.grow(columns)
 
@@ -454,7 +454,7 @@ class Decoder:
         self.held[:n, self.used:self.used + width] = torch.where(mask, positions, -1)
         self.lengths[:n] += mask.sum(1)
         columns = torch.arange(self.used, self.used + width, device=self.device)
-        logits = (self.replay if self.records and width == 1 else self.logits)(ids, positions, columns)
+        logits = (self.replay if self.captures and width == 1 else self.logits)(ids, positions, columns)
         self.used += width
         return logits
 
@@ -477,21 +477,21 @@ class Decoder:
         return masks if len(masks) > 1 else masks.popitem()[1]
 
     def replay(self, *inputs):
-        """`logits` from a recording of it, once that has agreed with the model on a step that it was not recorded on."""
-        recording = self.recording if self.recording and len(self.recording.output) == len(inputs[0]) else None
-        if recording and recording.proved:
-            return recording(*inputs)
+        """`logits` from a CUDA graph of it, once that has agreed with the model on a step that it was not captured on."""
+        captured = self.captured if self.captured and len(self.captured.output) == len(inputs[0]) else None
+        if captured and captured.proved:
+            return captured(*inputs)
         logits = self.logits(*inputs)
         try:
-            if recording is None:
-                self.recording = Recording(self.logits, inputs)
-            elif torch.allclose(recording(*inputs), logits, rtol=0.05, atol=0.05):
-                recording.proved = True
+            if captured is None:
+                self.captured = Captured(self.logits, inputs)
+            elif torch.allclose(captured(*inputs), logits, rtol=0.05, atol=0.05):
+                captured.proved = True
             else:
-                raise RuntimeError("the recording gives other logits than the model")
+                raise RuntimeError("the graph gives other logits than the model")
         except RuntimeError as error:
-            self.records = False
-            warnings.warn(f"decode steps of this model cannot be recorded, so rollouts are slower than they could be: {error}")
+            self.captures = False
+            warnings.warn(f"decode steps of this model cannot be captured, so rollouts are slower than they could be: {error}")
         return logits
 
     def swap(self, places, others):
@@ -509,7 +509,7 @@ class Decoder:
         if rows == self.rows and (self.held[:, : self.used] >= 0).all():
             return
         places = torch.tensor([self.rows.index(row) for row in rows], device=self.device)
-        self.rows, self.held, self.lengths, self.recording = list(rows), self.held[places], self.lengths[places], None
+        self.rows, self.held, self.lengths, self.captured = list(rows), self.held[places], self.lengths[places], None
         # What holds something last, in its order; then the columns that hold something in some row.
         columns = (self.held[:, : self.used] >= 0).int().argsort(dim=1, stable=True)[:, self.used - int(self.lengths.max()):]
         self.held, self.used = self.held.gather(1, columns), columns.shape[1]
@@ -805,10 +805,14 @@ def main():
     parser.add_argument("--turns", type=positive, nargs="+", default=[2, 4, 8], help="turns an episode (default: 2 4 8)")
     parser.add_argument("--tokens", type=positive, default=60, help="longest response (default: 60)")
     parser.add_argument("--rounds", type=positive, default=3, help="measured runs of each (default: 3)")
+    parser.add_argument("--width", type=positive, default=64, help="hidden size, a multiple of 32 (default: 64)")
+    parser.add_argument("--layers", type=positive, default=2, help="default: 2; a model of Qwen2.5-0.5B's shape has 24, 896 wide")
     options = parser.parse_args()
+    if options.width % 32:
+        parser.error("--width must be a multiple of 32")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {options.batch} episodes, responses of at "
-          f"most {options.tokens} tokens")
+          f"most {options.tokens} tokens, {options.layers} layers of width {options.width}")
     print("| turns | rollout, tokens/s | generate, tokens/s | ratio | rollout, s a turn |")
     print("|---|---|---|---|---|")
     for turns in options.turns:
@@ -819,7 +823,7 @@ def main():
         for seed in seeds:
             texts += [envs[0].reset(seed=seed)[0], response(envs[0].actions, " ".join(envs[0].facts()))]
         tokenizer = tiny_tokenizer(texts, phrases=envs[0].phrases)
-        model = tiny_model(tokenizer).to(device).eval()
+        model = tiny_model(tokenizer, width=options.width, layers=options.layers, heads=options.width // 32).to(device).eval()
         runs = {"rollout": [], "generate": []}
         for turn in range(options.rounds + 1):  # the first warms up
             torch.manual_seed(turn)

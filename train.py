@@ -257,7 +257,10 @@ class Settings:
         return environments.make(self.env, **{"response_limit": self.max_response_tokens, **options})
 
     def torch_device(self):
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+        found = torch.cuda.is_available()
+        device = torch.device(("cuda" if found else "cpu") if self.device == "auto" else self.device)
+        if device.type == "cuda" and not found:
+            raise ValueError("device: torch finds no GPU here")
         torch.empty(0, device=device)  # fails here, not after the warm start, where there is no such device
         return device
 

@@ -117,6 +117,27 @@ def plan():
                   "final, against uniform [95 %], seeds ahead"], rows)
 
 
+def no_filter():
+    """Groups and updates a step, and rates; the default's rows are the main result's first three seeds."""
+    rows = []
+    for directory, options, what in (
+            ("main", "", "a quarter of the groups, 1 update (default)"), ("no-filter", ":keep=1,minibatch=128", "all groups, 1 update"),
+            ("no-filter", ":keep=1", "all groups, 4 updates"), ("no-filter-rates", ":lr=3.3e-5", "the same, lr 3.3e-5"),
+            ("no-filter-rates", ":lr=1e-5", "the same, lr 1e-5"), ("no-filter-ppo", "", "all groups, 4 updates")):
+        groups = train.by_algo_and_credit(load(directory))
+        algo = "ppo" if directory == "no-filter-ppo" else "grpo"
+        for credit in ("uniform", "actfocus"):
+            arms, plain = ([arm for arm in groups[algo, name + options] if arm["seed"] < 3] for name in (credit, "uniform"))
+            if arms:
+                rows.append([name_of(algo, credit), what, spread([a["peak_success"] for a in arms]),
+                             spread([a["final_success"] for a in arms]),
+                             spread([a["eval"]["format_valid"][-1] for a in arms]),
+                             spread([a["eval"]["fact_accuracy"][-1] for a in arms]),
+                             "" if credit == "uniform" else interval(arms, plain)])
+    return table(["", "trained on, a step", "peak", "final", "valid responses, %", "facts that are true, %",
+                  "final, against uniform [95 %], seeds ahead"], rows)
+
+
 def rivals(*names):
     groups = {key: arms for name in names for key, arms in train.by_algo_and_credit(load(name)).items()}
     least = min(arm["eval_generated_tokens"][-1] for arms in groups.values() for arm in arms)
@@ -135,7 +156,8 @@ def rivals(*names):
 
 def others():
     rows = []
-    for name, directory in (("frozenlake", "frozenlake"), ("sudoku", "rivals-sudoku"), ("shop", "shop")):
+    for name, directory in (("frozenlake", "frozenlake"), ("sudoku", "rivals-sudoku"), ("shop", "shop"),
+                            ("shop, group filter, KL 0.001", "shop-kl")):
         summary = load(directory)
         groups = train.by_algo_and_credit(summary)
         for (algo, credit), arms in groups.items():
@@ -164,6 +186,7 @@ def diagnosis():
 
 
 TABLES = {"main": main_result, "reasoning": reasoning, "ablations": ablations, "plan": plan, "diagnosis": diagnosis,
+          "no-filter": no_filter,
           "others": others, "rivals-sokoban": lambda: rivals("rivals-sokoban", "rivals-sokoban-all"),
           "rivals-sudoku": lambda: rivals("rivals-sudoku")}
 

@@ -114,7 +114,7 @@ def test_layers_of_any_kind_see_in_the_cache_what_they_see_without_one(agent, ki
 
 
 class Rehearsal:
-    """A recording as it would be on a GPU: it has its own inputs and output, and reads and writes the memory of when it was made."""
+    """A captured step as it would be on a GPU: it has its own inputs and output, and reads and writes the memory of when it was made."""
 
     made, replays, error, wrong, proved = 0, 0, None, 0.0, False
 
@@ -139,39 +139,39 @@ class Rehearsal:
 
 @pytest.fixture
 def rehearsal(monkeypatch):
-    class Recorded(sampling.Decoder):
+    class Capturing(sampling.Decoder):
         def __init__(self, model, rows):
             super().__init__(model, rows)
-            self.records = True
+            self.captures = True
     for name, value in {"made": 0, "replays": 0, "error": None, "wrong": 0.0}.items():
         monkeypatch.setattr(Rehearsal, name, value)
-    monkeypatch.setattr(sampling, "Recording", Rehearsal)
-    monkeypatch.setattr(sampling, "Decoder", Recorded)
+    monkeypatch.setattr(sampling, "Captured", Rehearsal)
+    monkeypatch.setattr(sampling, "Decoder", Capturing)
     return Rehearsal
 
 
 @pytest.mark.parametrize("half, atol", [(False, 2e-5), (True, 0.08)])
-def test_recorded_decode_steps_give_the_models_logprobs(agent, rehearsal, recwarn, half, atol):
+def test_captured_decode_steps_give_the_models_logprobs(agent, rehearsal, recwarn, half, atol):
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         assert_logprobs_are_those_of_a_plain_forward_pass(agent[0], run(agent, envs=ragged_envs()), atol)
     assert rehearsal.replays > 10 * rehearsal.made > 0 and not recwarn.list
 
 
 @pytest.mark.parametrize("problem", [{"error": "operation not permitted when stream is capturing"}, {"wrong": 1.0}])
-def test_a_recording_that_fails_or_is_wrong_is_named_and_not_used(agent, rehearsal, problem):
+def test_a_graph_that_fails_or_is_wrong_is_named_and_not_used(agent, rehearsal, problem):
     for name, value in problem.items():
         setattr(rehearsal, name, value)
-    with pytest.warns(UserWarning, match="cannot be recorded"):
+    with pytest.warns(UserWarning, match="cannot be captured"):
         played = run(agent, envs=ragged_envs())
     assert_logprobs_are_those_of_a_plain_forward_pass(agent[0], played)
     assert rehearsal.replays <= 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_decode_steps_are_recorded_and_give_the_models_logprobs(agent, recwarn, monkeypatch):
+def test_on_a_gpu_decode_steps_are_captured_and_give_the_models_logprobs(agent, recwarn, monkeypatch):
     replays = []
-    call = sampling.Recording.__call__
-    monkeypatch.setattr(sampling.Recording, "__call__", lambda self, *inputs: replays.append(1) or call(self, *inputs))
+    call = sampling.Captured.__call__
+    monkeypatch.setattr(sampling.Captured, "__call__", lambda self, *inputs: replays.append(1) or call(self, *inputs))
     model, tokenizer, _ = agent
     model = copy.deepcopy(model).cuda()
     played = rollout(model, tokenizer, ragged_envs(), seeds=range(6), temperature=1.0, max_response_tokens=25,

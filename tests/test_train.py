@@ -394,6 +394,7 @@ def test_a_step_without_spread_is_skipped_and_counted(agent, tmp_path, monkeypat
     (["--width", "50"], "width"), (["--env-options", "size"], "env_options"), (["--env-options", "size=2"], "size"),
     (["--env-options", "size=4", "walls=0"], "no board"),
     (["--env-options", "colour=red"], "colour"), (["--model", "/no/such/model"], "model"), (["--device", "abacus"], "abacus"),
+    *([] if torch.cuda.is_available() else [(["--device", "cuda"], "no GPU")]),
     (["--out", "/proc/nowhere"], "/proc"), (["--out", "train.py/x"], "train.py/x"), (["--unknown", "1"], "unknown")])
 def test_bad_settings_end_in_one_line_and_exit_code_2(arguments, words, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
