@@ -877,6 +877,11 @@ def paired_gain(arms, rivals, draws=10_000):
     return difference.mean(), *np.percentile(again, [2.5, 97.5])
 
 
+def aligned(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
 def table(summary):
     """The comparison as text: one row an algorithm and credit, means over seeds with their range."""
     percent = lambda values: f"{100 * np.mean(values):5.1f}" + (
@@ -896,12 +901,11 @@ def table(summary):
             won = "ahead of" if mean > 0 else "behind" if mean < 0 else "level with"
             ahead = sum(a["final_success"] > b["final_success"] for a, b in zip(arms, rivals))
             verdicts.append(f"{algo}: ActFocus ends {abs(mean):.1f} points {won} uniform, ahead in {ahead} of {len(arms)} seeds")
-    widths = [max(map(len, column)) for column in zip(*rows)]
     n = len(c["seeds"])
     lines = [f"Success in % on {c['eval_boards']} {c['boards']} boards x {c['eval_rollouts']} rollouts at temperature "
              f"{c['eval_temperature']}, after {c['steps']} steps; mean (range) over seeds {' '.join(map(str, c['seeds']))}; "
              "[95 %]: paired bootstrap over seeds and boards"]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines += aligned(rows)
     lines += [f"random actions {100 * summary['floor']:.1f}, best play {100 * summary['ceiling']:.1f}", *verdicts]
     if any(split_credit(credit.partition(":")[0])[0] != "uniform" for _, credit in groups):
         lines += ["", *costs(groups)]
@@ -920,8 +924,7 @@ def costs(groups):
                      mean((100 * np.interp(least, a["eval_generated_tokens"], a["eval_success"]) for a in arms), 1),
                      mean((a["eval_generated_tokens"][-1] for a in arms), 1000), mean((a["updated_tokens"] for a in arms), 1000),
                      mean((a["seconds"] for a in arms), 60)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return aligned(rows)
 
 
 def pyplot():
