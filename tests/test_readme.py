@@ -29,6 +29,13 @@ def test_links_point_at_the_functions_they_name():
         assert re.match(rf"(def|class) {name}\b", text), f"{file}:{line} is {text!r}, not {name}"
 
 
+def test_sections_that_are_linked_exist():
+    slug = lambda title: re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+    titles = {slug(title) for title in re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE)}
+    linked = set(re.findall(r"\]\(#([^)]*)\)", README))
+    assert len(linked) > 10 and linked <= titles
+
+
 def test_files_that_are_named_exist():
     for path in re.findall(r"\]\((\w[\w./]*)\)", README):
         assert (ROOT / path).exists(), path
