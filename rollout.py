@@ -27,6 +27,7 @@ from functools import partial
 from itertools import accumulate
 
 import torch
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from tqdm import tqdm
@@ -113,7 +114,10 @@ class Chat:
         self.pieces = {}  # id -> its text
 
     def _encode(self, messages, after=None):
-        text = self.tokenizer.apply_chat_template(self.system + messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(self.system + messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # some know no system role, say
+            raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from None
         if after is not None:
             text = text[text.index(after) + len(after):]
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -802,7 +806,7 @@ def main():
     parser = argparse.ArgumentParser(description="Tokens per second of rollout() and of model.generate on the re-encoded "
                                      "conversation: the built-in agent, untrained, on Sokoban; medians of alternating runs.")
     parser.add_argument("--batch", type=positive, default=128, help="episodes played side by side (default: 128)")
-    parser.add_argument("--turns", type=positive, nargs="+", default=[2, 4, 8], help="turns an episode (default: 2 4 8)")
+    parser.add_argument("--turns", type=positive, nargs="+", default=[2, 4, 5, 8, 9], help="turns an episode (default: 2 4 5 8 9)")
     parser.add_argument("--tokens", type=positive, default=60, help="longest response (default: 60)")
     parser.add_argument("--rounds", type=positive, default=3, help="measured runs of each (default: 3)")
     parser.add_argument("--width", type=positive, default=64, help="hidden size, a multiple of 32 (default: 64)")

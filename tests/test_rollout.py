@@ -282,10 +282,11 @@ def test_bad_arguments_are_refused(agent, change):
         run(agent, **change)
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(agent):
-    plain = PreTrainedTokenizerFast(tokenizer_object=agent[1].backend_tokenizer, eos_token="<|im_end|>")
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('System role not supported') }}"])
+def test_a_tokenizer_that_cannot_chat_is_refused(agent, template):
+    other = PreTrainedTokenizerFast(tokenizer_object=agent[1].backend_tokenizer, eos_token="<|im_end|>", chat_template=template)
     with pytest.raises(ValueError, match="chat template"):
-        Chat(plain, "")
+        Chat(other, "").opening("")
 
 
 # Spans
