@@ -1328,7 +1328,9 @@ def check_model(name):
         raise ValueError(f"model: there is no directory {name!r}")
     try:
         transformers.AutoConfig.from_pretrained(name)
-        sampling.Chat(sampling.load_tokenizer(name), "").bridge("", ended=True)
+        chat = sampling.Chat(sampling.load_tokenizer(name), "")
+        if chat.text(chat.bridge("", ended=True)).rstrip().endswith("<think>"):
+            raise ValueError("its chat template opens the reasoning itself, so every response would lack the tag")
     except (OSError, ValueError) as error:
         raise ValueError(f"model: cannot use {name!r} ({str(error).splitlines()[0]})") from None
 

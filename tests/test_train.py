@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import env as environments
 import train
@@ -409,6 +411,21 @@ def test_bad_settings_end_in_one_line_and_exit_code_2(arguments, words, capsys, 
         train.main(["--cache", str(tmp_path), "--out", str(tmp_path), *arguments])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1 and error.startswith("train.py: ") and words in error
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("{% if messages[0]['role'] != 'system' %}", "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}",
+     "no system role"),
+    ("assistant\n", "assistant\n<think>\n", "opens the reasoning"), ("<|im_end|>", "<|endoftext|>", "does not close")])
+def test_a_model_whose_chat_template_does_not_fit_is_named(instruct_model, tmp_path, capsys, old, new, words):
+    tokenizer = AutoTokenizer.from_pretrained(instruct_model)
+    tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+    tokenizer.save_pretrained(tmp_path / "model")
+    shutil.copy(instruct_model / "config.json", tmp_path / "model")
+    with pytest.raises(SystemExit) as exit:
+        train.parse(["--model", str(tmp_path / "model"), "--out", str(tmp_path), "--cache", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and words in error
 
 
 def test_a_preset_changes_defaults_and_the_command_line_overrides_it(tmp_path):
