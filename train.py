@@ -794,7 +794,7 @@ def _worker(settings, base, todo, lines, threads, resume, stop):
     try:
         while (arm := todo.get()) is not None and not stop.is_set():
             train_arm(settings, base, *arm, report=lines.put, resume=resume, stop=stop.is_set)
-    except (Diverged, OSError) as error:
+    except (Diverged, OSError, ValueError) as error:
         lines.put(error)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM
 
 import env as environments
 import train
@@ -335,6 +335,19 @@ def test_a_saved_model_runs_from_its_directory(cache, tmp_path, two_runs):
                      "--algos", "grpo", "--credits", "actfocus", "--steps", "1", "--seeds", "0", "1", "--kl-coef", "0.1")
     assert result.returncode == 0, result.stderr
     assert "over seeds 0 1" in result.stdout and "2 seeds prove nothing" in result.stdout
+
+
+def test_a_model_that_scales_its_logits_is_refused_in_a_line(cache, tmp_path, instruct_model):
+    """What `score` computes would not be its log-probs."""
+    tokenizer = AutoTokenizer.from_pretrained(instruct_model)
+    config = CohereConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, logit_scale=0.06,
+                          num_attention_heads=2, num_key_value_heads=2, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                          pad_token_id=tokenizer.pad_token_id)
+    for part in (CohereForCausalLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    result = command(cache, tmp_path, "--model", str(tmp_path / "model"), "--jobs", "2")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "logits are more than" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["sudoku", "shop"])
