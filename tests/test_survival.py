@@ -63,6 +63,11 @@ def wait_for(out, lines, process):
 # Resume
 
 
+def run_on_one_thread(command):
+    torch.set_num_threads(1)  # as the whole run's processes have: another number rounds differently on some processors
+    train.main(command)
+
+
 def test_a_run_killed_at_random_moments_writes_the_same_metrics(cache, tmp_path):
     """SIGKILL, resume, SIGKILL ...: more than twenty times over, wherever the run happens to be, the writes included."""
     path, whole = cache
@@ -73,7 +78,7 @@ def test_a_run_killed_at_random_moments_writes_the_same_metrics(cache, tmp_path)
         out, resume = tmp_path / str(run), []
         while not (out / "summary.json").exists():
             command = ["--cache", str(path), "--out", str(out), *TINY, "--jobs", "1", "--checkpoint-every", "1", *resume]
-            process = context.Process(target=train.main, args=(command,))
+            process = context.Process(target=run_on_one_thread, args=(command,))
             process.start()
             process.join(None if kills >= 25 else chance.uniform(0.1, 2.0))
             if process.exitcode is None:
@@ -94,7 +99,7 @@ def run_until_write(command, call, count):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments)
     setattr(os, call, deadly)
-    train.main(command)
+    run_on_one_thread(command)
 
 
 @pytest.mark.parametrize("call, counts", [("fsync", (2, 4, 7)), ("replace", (3, 5, 8))])
@@ -108,7 +113,7 @@ def test_a_kill_in_the_middle_of_a_write_loses_nothing(cache, tmp_path, call, co
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        process = context.Process(target=train.main, args=([*command, "--resume"],))
+        process = context.Process(target=run_on_one_thread, args=([*command, "--resume"],))
         process.start()
         process.join()
         assert process.exitcode == 0 and metrics(out) == metrics(whole), (call, count)
