@@ -810,7 +810,9 @@ def train_arms(settings, base, arms, report, resume=False):
     -> the signal that stopped it early, after a checkpoint of each arm, or None.
     """
     cores = os.cpu_count() or 1
-    jobs = min(settings.jobs or (1 if settings.torch_device().type == "cuda" else cores), len(arms))
+    # Of the whole run, not of the arms that are left: on as many threads as before, a resumed arm rounds as before.
+    every = len(settings.algos) * len(settings.credits) * len(settings.seeds)
+    jobs = min(settings.jobs or (1 if settings.torch_device().type == "cuda" else cores), every)
     context = torch.multiprocessing.get_context("spawn")
     stop, received = context.Event(), []
 
@@ -832,7 +834,7 @@ def train_arms(settings, base, arms, report, resume=False):
         for arm in [*arms, *[None] * jobs]:
             todo.put(arm)
         arguments = (settings, base, todo, lines, max(1, cores // jobs), resume, stop)
-        workers += [context.Process(target=_worker, args=arguments, daemon=True) for _ in range(jobs)]
+        workers += [context.Process(target=_worker, args=arguments, daemon=True) for _ in range(min(jobs, len(arms)))]
         for worker in workers:
             worker.start()
         missing = len(arms) * (settings.steps + 1)

@@ -133,6 +133,22 @@ def test_a_killed_run_takes_its_training_processes_along(cache, tmp_path):
     assert metrics(tmp_path) == metrics(whole)
 
 
+def test_the_last_arm_of_a_resumed_run_has_the_threads_that_it_had(cache, tmp_path):
+    """More of them, now that no other arm needs the cores, would round differently on some processors."""
+    agent = next(path for path in cache[0].iterdir() if path.name.startswith("tiny-"))
+    command = [sys.executable, "train.py", "--model", agent, "--env-options", "walls=0", "observation=coordinates", "--out", tmp_path,
+               *TINY, "--jobs", "0", "--prompts", "4", "--minibatch", "16", "--micro-batch", "16"]
+    several = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run(command, cwd=ROOT, env=several, check=True, timeout=170)
+    whole = metrics(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["credit"] == "uniform"))
+    for path in (tmp_path / "checkpoints").glob("ppo-actfocus-0.pt*"):
+        path.unlink()
+    subprocess.run([*command, "--resume"], cwd=ROOT, env=several, check=True, timeout=170)
+    assert metrics(tmp_path) == whole
+
+
 @pytest.mark.parametrize("number, code, group", [
     (signal.SIGINT, 130, True), (signal.SIGTERM, 143, True), (signal.SIGTERM, 143, False)])
 def test_a_signal_finishes_the_update_and_says_how_to_go_on(cache, tmp_path, number, code, group):
