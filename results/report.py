@@ -93,8 +93,8 @@ def reasoning():
                   "valid responses, %"], rows)
 
 
-def ablations():
-    groups = train.by_algo_and_credit(load("ablations"))
+def ablations(name):
+    groups = train.by_algo_and_credit(load(name))
     focus, plain, rows = groups["grpo", "actfocus"], groups["grpo", "uniform"], []
     for (algo, credit), arms in groups.items():
         rows.append([name_of(algo, credit).removeprefix("GRPO, "), spread([a["final_success"] for a in arms]),
@@ -170,18 +170,6 @@ def others():
                   "best play"], rows)
 
 
-def shop_alpha():
-    groups, rows = train.by_algo_and_credit(load("shop-alpha")), []
-    names = {"actfocus:alpha=0": "ActFocus, alpha 0", "actfocus": "ActFocus (alpha 0.1)", "actfocus:alpha=0.3": "ActFocus, alpha 0.3",
-             "uniform": "uniform"}
-    for credit, name in names.items():
-        arms = groups["grpo", credit]
-        rows.append([name, f"{100 * curve(arms)[0]:.1f}", spread([a["final_success"] for a in arms]),
-                     spread([a["eval"]["fact_accuracy"][-1] for a in arms]),
-                     "" if credit == "uniform" else interval(arms, groups["grpo", "uniform"])])
-    return table(["shop", "before", "final", "facts that are true, %", "final, against uniform [95 %], seeds ahead"], rows)
-
-
 def diagnosis():
     rows = []
     titles = {"base": "before training", "uniform": "GRPO, uniform, trained", "actfocus": "GRPO, ActFocus, trained"}
@@ -197,8 +185,9 @@ def diagnosis():
     return table(["agent", "signal", *kinds], rows)
 
 
-TABLES = {"main": main_result, "reasoning": reasoning, "ablations": ablations, "plan": plan, "diagnosis": diagnosis,
-          "no-filter": no_filter, "shop-alpha": shop_alpha, "others": others,
+TABLES = {"main": main_result, "reasoning": reasoning, "ablations": lambda: ablations("ablations"), "plan": plan,
+          "diagnosis": diagnosis,
+          "no-filter": no_filter, "others": others, "shop-alpha": lambda: ablations("shop-alpha"),
           "rivals-sokoban": lambda: rivals("rivals-sokoban", "rivals-sokoban-all"),
           "rivals-sudoku": lambda: rivals("rivals-sudoku")}
 
