@@ -9,37 +9,50 @@ alike; ActFocus weights them by where they stand and by how unsure a frozen refe
     w_t = 1 + beta * sigmoid((E_t - mu) / sigma)                  y_t is part of an action
     L   = -(1 / sum_t w_t) sum_t w_t min(rho_t A_t, clip(rho_t, 1 - eps_low, 1 + eps_high) A_t)   weighted_policy_loss
 
-The advantages A_t are those of the algorithm it is put into: group_advantages (GRPO) or gae (PPO). (alpha, beta) = (1, 0)
-is that algorithm itself, bit for bit. This file needs torch and nothing else: copy it. In your own loop:
+mu and sigma are the mean and the population deviation of E over all action tokens of the training batch. The advantages A_t
+are those of the algorithm that it is put into: group_advantages (GRPO) or gae (PPO). (alpha, beta) = (1, 0) is that algorithm
+itself, bit for bit. This file needs torch and nothing else: copy it. In your own loop:
 
     energy  = token_energy(ref_logits[:, :-1])                    # logits at t - 1 predict token t
     weights = token_weights(energy, action_mask[:, 1:], response_mask[:, 1:])
     loss, stats = weighted_policy_loss(logprobs, old_logprobs, advantages, weights)      # all [B, T - 1]
-
-Beside it stand two rivals that change the advantages instead: CARL (tree_advantages) and A2TGPO (turn_gain_advantages).
 
 Shapes, here and in the other files: B trajectories, T tokens, N flattened tokens, V vocabulary, H hidden size, P prompts,
 G rollouts of a prompt. Column t of a [B, T] tensor of log-probs, energies or weights belongs to token t. Masks are bool:
 response_mask marks the tokens that the policy sampled, action_mask those of them between `<answer>` and `</answer>`.
 """
 
-import torch
+import copy
+import dataclasses
+import pkgutil
+from collections import Counter
 
-SIGNALS = ("energy", "entropy", "nll", "shift")
+import torch
+from torch import nn
+
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside any clip range, and exp() of a stray log-ratio stays finite
 
 
-def _check(name, tensor, like, dtype=None):
-    if tensor.shape != like.shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
-    if dtype is not None and tensor.dtype != dtype:
-        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
+def check(like, where=None, dtype=None, **tensors):
+    """ValueError that names the argument, unless each tensor has the shape of `like`, `dtype`, and finite numbers `where`."""
+    for name, x in tensors.items():
+        if x.shape != like.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(like.shape)}")
+        if dtype is not None and x.dtype != dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}, expected {dtype}")
+        if not (torch.isfinite(x) if where is None else torch.isfinite(x) | ~where).all():
+            raise ValueError(f"{name} is not finite" + ("" if where is None else " on a token that counts"))
 
 
-def _check_finite(name, tensor, where=None):
-    bad = ~torch.isfinite(tensor)
-    if (bad if where is None else bad & where).any():
-        raise ValueError(f"{name} is not finite" + ("" if where is None else " on a token that counts"))
+def check_range(low, high=float("inf"), **values):
+    """ValueError that names the argument, unless each number lies in [low, high] and is finite."""
+    for name, value in values.items():
+        if not (low <= value <= high and value < float("inf")):
+            raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))  # half precision and integers, in which sums go wrong
 
 
 # Token weights --------------------------------------------------------------------------------------------------------
@@ -54,37 +67,22 @@ def token_energy(logits):
     return -torch.logsumexp(logits.float(), dim=-1)
 
 
-def token_signal(name, *, old_logprobs, ref_logprobs, ref_energy, ref_entropy):
-    """The raw score s_t behind the weights, [B, T] each in and out; the paper's signal ablation.
-
-    energy, entropy: of the frozen reference, fixed through training. nll: -log pi_old(y_t). shift: log pi_old(y_t) -
-    log pi_ref(y_t); these two drift as the policy learns. The paper ranks energy best.
-    """
-    if name not in SIGNALS:
-        raise ValueError(f"unknown signal {name!r}: choose from {', '.join(SIGNALS)}")
-    return {"energy": lambda: ref_energy, "entropy": lambda: ref_entropy, "nll": lambda: -old_logprobs,
-            "shift": lambda: old_logprobs - ref_logprobs}[name]()
-
-
 @torch.no_grad()
 def token_weights(signal, action_mask, response_mask, *, alpha=0.1, beta=0.5, eps=1e-6):
     """ActFocus weights w[B, T], float32, without gradient: alpha on reasoning, 1 + beta * sigmoid(z) on actions, else 0.
 
-    signal[B, T]: score of each token (token_energy, or any of token_signal); read on action tokens only. z is standardised
-    with the mean and population deviation over all action tokens of the call, so pass the whole training batch at once,
-    not a micro-batch. A batch without an action token is valid: every response token then weighs alpha.
+    signal[B, T]: a score of each token, token_energy in the paper; read on action tokens only. z is standardised with the mean
+    and the population deviation over all action tokens of the call, so pass the whole training batch at once, not a
+    micro-batch. A batch without an action token is valid: every response token then weighs alpha.
     ValueError: alpha outside [0, 1], beta < 0, a mask of another shape or dtype, an action token outside the response, a
     signal that is not finite on an action token.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    if not 0 <= beta < float("inf"):
-        raise ValueError(f"beta must be finite and at least 0, got {beta}")
-    _check("action_mask", action_mask, signal, torch.bool)
-    _check("response_mask", response_mask, signal, torch.bool)
+    check_range(0, 1, alpha=alpha)
+    check_range(0, beta=beta)
+    check(response_mask, dtype=torch.bool, response_mask=response_mask, action_mask=action_mask)
+    check(response_mask, where=action_mask, signal=signal)
     if (action_mask & ~response_mask).any():
         raise ValueError("action_mask marks a token outside response_mask")
-    _check_finite("signal", signal, action_mask)
 
     weights = response_mask.float() * alpha  # [B, T]
     if action_mask.any():
@@ -93,6 +91,22 @@ def token_weights(signal, action_mask, response_mask, *, alpha=0.1, beta=0.5, ep
         z = centred / (centred.square().mean() + eps).sqrt()
         weights[action_mask] = (1 + beta * torch.sigmoid(z)).float()
     return weights
+
+
+def token_logprobs(logits, targets):
+    """Log-probs [n] of targets[n] under raw logits[n, V]."""
+    return logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+# What is put in the place of energy in the paper's ablation (random: a control of ours). Each is (logits[n, V] of the frozen
+# reference, targets[n], old_logprobs[n] of the policy that sampled) -> the score [n] of n tokens. To add one, add a line.
+SIGNALS = {
+    "energy": lambda logits, targets, old_logprobs: token_energy(logits),
+    "entropy": lambda logits, targets, old_logprobs: torch.distributions.Categorical(logits=logits).entropy(),
+    "nll": lambda logits, targets, old_logprobs: -old_logprobs,
+    "shift": lambda logits, targets, old_logprobs: old_logprobs - token_logprobs(logits, targets),
+    "random": lambda logits, targets, old_logprobs: torch.rand_like(old_logprobs),
+}
 
 
 # The objective --------------------------------------------------------------------------------------------------------
@@ -110,30 +124,21 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
     clip_fraction (rho outside the clip range, whatever the advantage's sign), ratio_mean.
     ValueError: another shape, a negative or non-finite weight or weight_sum, a value not finite where weights > 0.
     """
-    for name, tensor in (("old_logprobs", old_logprobs), ("advantages", advantages), ("weights", weights)):
-        _check(name, tensor, logprobs)
-    for name, bound, most in (("clip_low", clip_low, 1), ("clip_high", clip_high, float("inf"))):
-        bound = torch.as_tensor(bound)
-        if bound.dim():
-            _check(name, bound, logprobs)
-        if not ((bound >= 0) & (bound <= most)).all():
-            raise ValueError("need clip_low in [0, 1] and clip_high >= 0")
-    _check_finite("weights", weights)
-    if (weights < 0).any():
-        raise ValueError("weights must not be negative")
-    weights = weights.detach()
+    logprobs, weights = at_least_float32(logprobs), weights.detach()
+    check(logprobs, weights=weights)
     active = weights > 0
-    for name, tensor in (("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages)):
-        _check_finite(name, tensor, active)
+    check(logprobs, where=active, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     weight_sum = weights.sum() if weight_sum is None else torch.as_tensor(weight_sum, device=weights.device)
-    _check_finite("weight_sum", weight_sum)
-    if weight_sum < 0 or (weight_sum == 0 and active.any()):
-        raise ValueError("weight_sum must be the sum of the minibatch's weights")
+    check(weight_sum, weight_sum=weight_sum)
+    if (weights < 0).any() or weight_sum < 0 or (weight_sum == 0 and active.any()):
+        raise ValueError("weights must not be negative, and weight_sum must be the sum of the minibatch's weights")
+    for name, bound, most in (("clip_low", torch.as_tensor(clip_low), 1), ("clip_high", torch.as_tensor(clip_high), float("inf"))):
+        if not ((bound >= 0) & (bound <= most)).all() or bound.shape not in ((), logprobs.shape):
+            raise ValueError(f"{name} must be in [0, {most}], a number or one for each token")
 
     # where() before exp(): padding may hold anything, and a NaN multiplied by weight 0 is still NaN.
-    zero = torch.zeros((), dtype=logprobs.dtype, device=logprobs.device)
-    log_ratio = torch.where(active, logprobs - old_logprobs.detach(), zero).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [B, T]
-    advantages = torch.where(active, advantages.detach(), zero)  # [B, T]
+    log_ratio = torch.where(active, logprobs - old_logprobs.detach(), 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [B, T]
+    advantages = torch.where(active, advantages.detach(), 0.0)  # [B, T]
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * advantages, clipped * advantages)  # [B, T]
@@ -151,15 +156,15 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
 # Advantages -----------------------------------------------------------------------------------------------------------
 
 
-def _spread(returns, correction=1):
-    """Standard deviation of each group, returns[P, G] float64 -> [P]; exactly 0 for rounding noise. correction 1: the sample's."""
+def group_spread(returns, correction=1):
+    """Standard deviation (the sample's) within each group, returns[P, G] -> [P] float64; exactly 0 for rounding noise."""
     if returns.dim() != 2 or 0 in returns.shape:
         raise ValueError(f"returns must be [P, G] and not empty, got shape {tuple(returns.shape)}")
-    _check_finite("returns", returns)
-    span = returns.amax(1) - returns.amin(1)
+    check(returns, returns=returns)
+    returns = returns.double()
     noise = 1e-6 * returns.abs().amax(1)
-    deviation = returns.std(1, correction=correction) if returns.shape[1] > 1 else torch.zeros_like(span)
-    return torch.where(span > noise, deviation, 0.0)
+    deviation = returns.std(1, correction=min(correction, returns.shape[1] - 1))
+    return torch.where(returns.amax(1) - returns.amin(1) > noise, deviation, 0.0)
 
 
 def group_advantages(returns):
@@ -167,10 +172,9 @@ def group_advantages(returns):
 
     std is the sample deviation (G - 1), as in TRL and verl. One advantage serves all response tokens of its trajectory.
     """
-    values = returns.double()
-    spread = _spread(values)[:, None]  # [P, 1]
-    advantages = (values - values.mean(1, keepdim=True)) / (spread + 1e-6)
-    return torch.where(spread > 0, advantages, 0.0).float()
+    spread = group_spread(returns)[:, None]  # [P, 1]
+    centred = returns.double() - returns.double().mean(1, keepdim=True)
+    return torch.where(spread > 0, centred / (spread + 1e-6), 0.0).float()
 
 
 @torch.no_grad()
@@ -181,15 +185,12 @@ def gae(rewards, values, response_mask, *, gamma=1.0, lam=1.0):
     observation between two turns neither ends the recursion, nor discounts, nor receives credit. returns = A + V, the
     critic's target. values[b, t] is V before token t is written; what stands outside the mask is never read.
     """
-    _check("values", values, rewards)
-    _check("response_mask", response_mask, rewards, torch.bool)
-    for name, number in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= number <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {number}")
-    _check_finite("rewards", rewards, response_mask)
-    _check_finite("values", values, response_mask)
+    check_range(0, 1, gamma=gamma, lam=lam)
+    check(rewards, dtype=torch.bool, response_mask=response_mask)
+    check(rewards, where=response_mask, values=values, rewards=rewards)
+    rewards, values = at_least_float32(rewards), at_least_float32(values)
     advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0]) if values.shape[1] else None  # [B]
+    next_value = next_advantage = values.new_zeros(len(values))  # [B]
     for t in reversed(range(values.shape[1])):
         here = response_mask[:, t]
         advantage = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * next_advantage
@@ -199,109 +200,27 @@ def gae(rewards, values, response_mask, *, gamma=1.0, lam=1.0):
     return advantages, torch.where(response_mask, advantages + values, 0.0)
 
 
-# Credit by turns: the rivals -------------------------------------------------------------------------------------------
+def whiten(x, mask):
+    """x[B, T] with mean 0 and deviation 1 over the mask, 0 outside."""
+    values = x[mask]
+    return torch.where(mask, (x - values.mean()) / (values.std(correction=0) + 1e-6), 0.0)
 
 
-def tree_advantages(parent, returns):
-    """CARL (arXiv 2512.04949): credit of every response in a tree of rollouts, parent[E], returns[E] -> advantages[E] float32.
+class Critic(nn.Module):
+    """PPO's V of the state before each token: a Hugging Face model's backbone, copied, with a scalar head that starts at 0."""
 
-    An edge is one response; edges stand in the order they were sampled. parent[e]: the edge whose end state e continues from,
-    -1 at the root. returns[e]: the episode's return where e ended it, nan elsewhere. With V(leaf) = its return and V(state) =
-    the plain mean over the edges sampled from it, A(e) = V(end of e) - V(start of e), not normalised.
-    ValueError: an edge before its parent, a return on an edge that others continue, none on one that nothing continues.
-    """
-    parent, returns = torch.as_tensor(parent), torch.as_tensor(returns)
-    _check("parent", parent, returns)
-    if parent.dim() != 1 or (parent.is_floating_point() and len(parent)):
-        raise ValueError(f"parent must be [E] integers, got {parent.dtype} of shape {tuple(parent.shape)}")
-    edges, ends = parent.tolist(), (~torch.isnan(returns)).tolist()
-    if any(not -1 <= up < e for e, up in enumerate(edges)):
-        raise ValueError("parent must name an earlier edge, or -1 at the root")
-    if torch.isinf(returns).any():
-        raise ValueError("returns must not be infinite")
-    value = returns.double().tolist()  # of each edge's end
-    children = [[] for _ in range(len(edges) + 1)]  # the last: the root's, since parent -1 names it
-    for e, up in enumerate(edges):
-        children[up].append(e)
-    for e in reversed(range(len(edges))):  # children come after their parent: leaves first
-        if ends[e] == bool(children[e]):
-            raise ValueError(f"edge {e} {'has a return but goes on' if ends[e] else 'ends without a return'}")
-        if children[e]:
-            value[e] = sum(value[c] for c in children[e]) / len(children[e])
-    root = sum(value[c] for c in children[-1]) / max(len(children[-1]), 1)
-    start = [value[up] if up >= 0 else root for up in edges]
-    return torch.tensor([v - u for v, u in zip(value, start)], dtype=torch.float32, device=returns.device)
+    def __init__(self, model):
+        super().__init__()
+        self.backbone = copy.deepcopy(model.base_model)
+        self.head = nn.Linear(model.get_input_embeddings().embedding_dim, 1, device=model.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
-
-def turn_gain_advantages(gain, turn_mask, returns, group, *, gamma=1.0, scale=0.3):
-    """A2TGPO (arXiv 2605.06200): outcome plus information gain of each turn -> (advantages[B, K], normalised_gain[B, K]).
-
-    gain[B, K]: how much the mean log-prob of the gold answer rose in turn k (nats); turn_mask[B, K] bool: turns that were
-    played; returns[B]; group[B]: trajectories of one prompt share a number. The gain is standardised among the same turn
-    of the same group (population deviation + 1e-6; 0 for a turn without a peer or without spread), then
-    D_k = sum_{j >= k} gamma^(j - k) gain_j / sqrt(number of terms) over the turns played. A turn's advantage is that of its
-    trajectory in the group (group_advantages) + scale * D_k, without the second part in the last turn, whose answer the outcome
-    judges already. Both results are 0 outside turn_mask.
-    """
-    _check("turn_mask", turn_mask, gain, torch.bool)
-    if gain.dim() != 2:
-        raise ValueError(f"gain must be [B, K], got shape {tuple(gain.shape)}")
-    _check("returns", returns, gain[:, 0] if gain.shape[1] else gain.sum(1))
-    _check("group", group, returns)
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
-    if not 0 <= scale < float("inf"):
-        raise ValueError(f"scale must be finite and at least 0, got {scale}")
-    _check_finite("gain", gain, turn_mask)
-    outcome = torch.zeros_like(returns, dtype=torch.float32)
-    normalised = torch.zeros(gain.shape, dtype=torch.float64, device=gain.device)
-    for members in (group == g for g in group.unique()):
-        outcome[members] = group_advantages(returns[members][None])[0]
-        for k in range(gain.shape[1]):
-            peers = members & turn_mask[:, k]
-            if peers.any():
-                values = gain[peers, k].double()
-                spread = _spread(values[None], correction=0)
-                normalised[peers, k] = (values - values.mean()) / (spread + 1e-6) if spread > 0 else 0.0
-    total, count = torch.zeros_like(outcome, dtype=torch.float64), torch.zeros_like(outcome)  # [B]: of the turns after k
-    ahead = torch.zeros_like(normalised)
-    for k in reversed(range(gain.shape[1])):
-        here = turn_mask[:, k]
-        total = torch.where(here, normalised[:, k], 0.0) + gamma * total
-        count = count + here
-        ahead[:, k] = torch.where(here & (count > 1), total / count.clamp(min=1).sqrt(), 0.0)  # count 1: the last turn
-    advantages = torch.where(turn_mask, outcome[:, None] + scale * ahead, 0.0)
-    return advantages.float(), normalised.float()
-
-
-def turn_clip_scale(normalised_gain, turn_mask, *, strength=0.3):
-    """A2TGPO's adaptive clip: factor c[B, K] on the clip range, 1 + strength * (2 sigmoid(gain) - 1), and 1 in the last turn.
-
-    The range of a turn is [1 - c * clip_low, 1 + c * clip_high]: wider where a turn brought more than its peers' did.
-    """
-    _check("turn_mask", turn_mask, normalised_gain, torch.bool)
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be in [0, 1], got {strength}")
-    factor = 1 + strength * (2 * torch.sigmoid(normalised_gain.float()) - 1)
-    last = turn_mask & (turn_mask.flip(1).cumsum(1).flip(1) == 1)
-    return torch.where(turn_mask & ~last, factor, 1.0)
-
-
-def turn_logprobs(logprobs, old_logprobs, turn_ids):
-    """Log-probs whose ratio to old_logprobs is that of the whole turn, all [B, T], for weighted_policy_loss (A2TGPO, GSPO).
-
-    The ratio's value is exp(mean log-ratio of the turn's tokens), its gradient the token's own (straight-through). turn_ids: the
-    turn of each response token, -1 elsewhere. A turn must not be split between calls.
-    """
-    _check("old_logprobs", old_logprobs, logprobs)
-    _check("turn_ids", turn_ids, logprobs)
-    log_ratio = torch.where(turn_ids >= 0, (logprobs - old_logprobs).detach(), 0.0)  # [B, T]
-    turns = int(turn_ids.max()) + 1 if turn_ids.numel() else 0
-    place = turn_ids.clamp(min=-1) + 1  # [B, T], 0: no response token
-    sums = torch.zeros(len(logprobs), turns + 1, dtype=log_ratio.dtype, device=logprobs.device)
-    counts = sums.scatter_add(1, place, torch.ones_like(log_ratio))
-    mean = (sums.scatter_add(1, place, log_ratio) / counts.clamp(min=1)).gather(1, place)  # [B, T]
-    return torch.where(turn_ids >= 0, logprobs - logprobs.detach() + old_logprobs.detach() + mean, logprobs)
+    def forward(self, ids, response_mask):
+        """ids[B, T], response_mask[B, T] -> values[B, T], 0 outside the mask."""
+        hidden = self.backbone(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]
+        values = self.head(hidden)[..., 0].float()
+        return torch.where(response_mask, nn.functional.pad(values, (1, 0)), 0.0)
 
 
 # Which groups are trained on ------------------------------------------------------------------------------------------
@@ -315,29 +234,104 @@ def variance_filter(returns, keep=0.25):
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
-    spread = _spread(returns.double())
+    spread = group_spread(returns)
     count = max(1, int(keep * len(spread) + 1e-9))  # 1e-9: 0.29 * 100 is 28.999999999999996
     order = torch.argsort(spread, descending=True, stable=True)[:count]
     return order[spread[order] > 0]
 
 
-# Evidence -------------------------------------------------------------------------------------------------------------
+# Credit methods: how they answer what the training loop asks ------------------------------------------------------------
 
 
-def _ranks(x):
-    """1-based ranks with ties averaged, [N] -> [N] float64."""
-    _, which, counts = torch.unique(x, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[which]
+class Credit:
+    """Plain PPO and GRPO. A method of credit assignment is a subclass with the answers in which it differs.
+
+    arm: the training loop's Arm; played: rollout.Trajectories; batch, minibatch: train.Batch, tensors [B, T].
+    """
+
+    algos = ("ppo", "grpo")  # what it goes with
+
+    def __init__(self, algo, settings):
+        self.algo, self.settings = algo, settings
+
+    def check(self, env):
+        """ValueError where the method cannot be used."""
+        if self.algo not in self.algos:
+            raise ValueError(f"credits: {type(self).__name__} goes with --algos {' '.join(self.algos)} alone")
+
+    def play(self, arm, seeds):
+        """Boards -> trajectories of len(seeds) * G episodes, board by board."""
+        return arm.play([seed for seed in seeds for _ in range(self.settings.rollouts)], self.settings.temperature, arm.generator)
+
+    def filter(self, played):
+        """The trajectories that are trained on, response_mask marking the tokens; none: there is nothing to learn."""
+        returns = played.returns.view(self.settings.prompts, -1)  # [P, G]
+        groups = variance_filter(returns, keep=self.settings.keep)
+        if self.settings.keep == 1 and (self.algo == "ppo" or len(groups)):  # a group without spread still teaches the critic
+            groups = torch.arange(len(returns))
+        return played.select((groups[:, None] * returns.shape[1] + torch.arange(returns.shape[1])).flatten())
+
+    def advantages(self, batch):
+        """Batch -> [B, T]."""
+        if self.algo == "ppo":
+            return whiten(batch.gae_advantages, batch.response_mask)
+        return group_advantages(batch.returns.view(-1, self.settings.rollouts)).view(-1, 1) * batch.response_mask
+
+    def weights(self, batch):
+        """Batch -> [B, T] float32, not negative, 0 on what is not trained."""
+        return batch.response_mask.float()
+
+    def ratio(self, logprobs, batch):
+        """The policy's log-probs [B, T] -> (those whose ratio to batch.old_logprobs is clipped, clip_low, clip_high)."""
+        return logprobs, self.settings.clip_low, self.settings.clip_high
+
+    def normaliser(self, minibatch):
+        """What the sum of the tokens' losses is divided by."""
+        return minibatch.weights.sum()
 
 
-def spearman(x, y):
-    """Spearman's rank correlation of x[N] and y[N]; average ranks for ties, nan where a side is constant (or N < 2)."""
-    x, y = torch.as_tensor(x).flatten(), torch.as_tensor(y).flatten()
-    _check("y", y, x)
-    if torch.isnan(x).any() or torch.isnan(y).any():
-        raise ValueError("x and y must not hold nan")
-    x, y = _ranks(x), _ranks(y)
-    x, y = x - x.mean(), y - y.mean()
-    scale = (x.square().sum() * y.square().sum()).sqrt()
-    return float((x * y).sum() / scale) if scale > 0 else float("nan")
+class ActFocus(Credit):
+    """The paper's: reasoning weighs alpha, action tokens 1 to 1 + beta by their energy."""
+
+    def weights(self, batch):
+        s = self.settings
+        return token_weights(batch.signal, batch.action_mask, batch.response_mask, alpha=s.alpha, beta=s.beta)
+
+
+# name -> class, or "module:Class" for one that is imported when somebody asks for it
+CREDITS = {"uniform": Credit, "actfocus": ActFocus, "carl": "extras.rivals:Carl", "a2tgpo": "extras.rivals:A2tgpo"}
+
+
+def make_credit(text, algo, settings):
+    """'carl+actfocus:alpha=0.3,tree_forks=16' -> a Credit that answers as both do, with settings of its own."""
+    name, _, own = text.partition(":")
+    if unknown := [part for part in name.split("+") if part not in CREDITS]:
+        raise ValueError(f"credits: {unknown[0]!r} is not one of {', '.join(CREDITS)}")
+    parts = [CREDITS[part] for part in name.split("+")]
+    parts = [pkgutil.resolve_name(part) if isinstance(part, str) else part for part in parts]
+    answers = Counter(answer for part in parts for answer in vars(part) if callable(getattr(Credit, answer, None)) and answer[0] != "_")
+    if twice := [answer for answer, count in answers.items() if count > 1 and answer != "check"]:
+        raise ValueError(f"credits: {name!r} joins methods that both have {', '.join(twice)} of their own")
+    try:
+        credit = type(name, tuple(parts), {})(algo, settings)
+    except TypeError:
+        raise ValueError(f"credits: {name!r} cannot be joined") from None
+    for option in own.split(",") if own else ():
+        key, _, value = option.partition("=")
+        of_credit = not key.startswith("_") and isinstance(getattr(credit, key, None), (str, int, float))
+        owner = credit if of_credit else credit.settings
+        if not of_credit and (key not in OWN_SETTINGS):
+            raise ValueError(f"credits: {key!r} in {text!r} is not a setting that a credit can have for itself")
+        try:
+            value = type(getattr(owner, key))(value)
+        except ValueError:
+            raise ValueError(f"credits: {value!r} is no value for {key} in {text!r}") from None
+        if of_credit:
+            setattr(credit, key, value)
+        else:
+            credit.settings = dataclasses.replace(credit.settings, credits=(name,), **{key: value})
+    return credit
+
+
+OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "lr", "critic_lr", "clip_low", "clip_high", "gamma", "lam",
+                "entropy_coef", "kl_coef")

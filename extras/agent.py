@@ -1,0 +1,189 @@
+"""The built-in agents: a small Qwen2 with its own tokenizer, taught a game and then to play it badly.
+
+    python -m extras.agent sokoban                      # teach it anew, into extras/agents/sokoban (minutes)
+    python -m extras.agent sokoban --plan-in think --out DIR        # one that decides while it reasons; then --model DIR
+    python -m extras.agent mygame:Game --out DIR        # an environment of your own, as module:Class
+
+The two stages matter: an agent that is weak because it never learnt the game has nothing that reinforcement could bring out.
+This one knows the game (stage 1, an oracle's moves with some noise) and plays it badly (stage 2, poor demonstrations), as an
+instruction-tuned model does. The shipped ones were taught once: on another machine the same command gives another agent.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from env import draw_boards, response
+from extras.facts import facts
+from rollout import Chat, Transcript, pack, score
+from extras.options import OneLineParser
+from train import AGENTS, DEFAULTS, EVALUATION_SEED, Settings
+
+# The boards on which the agent learns in minutes, and what differs from the defaults of `teach` in its two stages
+TAUGHT = {"sokoban": ({"walls": 0, "min_moves": 2, "max_moves": 6, "max_turns": 4, "max_actions": 8,
+                       "observation": "coordinates"}, {}),
+          "frozenlake": ({}, {"worse_noise": 0.95}),
+          "sudoku": ({"hint": True, "max_turns": 4, "max_actions": 8}, {"worse_noise": 0.3}),  # mistakes are hard to mend
+          "shop": ({"products": 60, "page": 3}, {"noise": 0.1, "worse_noise": 0.6, "episodes": 2000})}
+
+
+CHAT_TEMPLATE = (  # the shape of Qwen2.5's
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+WORDS = r" ?[A-Z]?[a-z]+| ?\d| ?\|\||[:.]\n|\s|[^\s]"  # board symbols and digits stay apart, words keep their space
+
+
+def tiny_tokenizer(texts, phrases=()):
+    """A small byte-level tokenizer whose vocabulary is the words of `texts`; any other text falls back to bytes.
+
+    phrases: strings that become one token each. The instructions that open every prompt are the same in every episode, so a
+    model trained on one environment need not spell them out.
+    """
+    splitter = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
+                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    words = {piece for text in texts for piece, _ in splitter.pre_tokenize_str(text)}
+    vocabulary = sorted(pre_tokenizers.ByteLevel.alphabet()) + sorted(word for word in words if len(word) > 1)
+    # ignore_merges: a known word is one token as it stands, so no merge table is needed to build it up from bytes.
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in [*tags, *phrases]])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+
+
+def tiny_model(tokenizer, *, width=64, layers=2, heads=2, seed=0):
+    """A small untrained Qwen2ForCausalLM for `tokenizer`, the same for the same seed."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, tie_word_embeddings=True,
+        # The default 0.02 is meant for widths in the thousands; at this width training stalls with it.
+        initializer_range=0.08, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").float()
+
+
+FILLERS = ["Let me look at the board.", "I should plan ahead.", "One wrong step can spoil the game.",
+           "Let me check every move.", "First I look, then I move.", "There is no need to hurry."]
+
+
+def demonstration(env, rng, noise, plan_in="answer"):
+    """A response that states facts, with empty phrases in between, and plays the oracle's moves.
+
+    Each move is a random one instead with probability `noise`. plan_in: where the moves are decided, in the "answer" or
+    already in a last sentence of the reasoning ("think"), which the answer copies.
+    """
+    opening, closing = rng.choice(FILLERS, 2)
+    sentences = [opening, *facts(env), closing]
+    ahead, actions = copy.deepcopy(env), []
+    while len(actions) < env.actions_per_turn and not (ahead.solved() or ahead.failed()):
+        plan = ahead.oracle()
+        actions.append(plan[0] if plan and rng.random() >= noise else ahead.random_action(rng))
+        ahead.move(actions[-1])
+    if plan_in == "think":
+        sentences.append(f"So I play {' and '.join(actions)}.")
+    return response(actions, think=" ".join(sentences))
+
+
+def demonstrations(env, tokenizer, seeds, rng, noise, plan_in, desc):
+    """One demonstrated episode a seed -> Trajectories."""
+    chat, transcripts = Chat(tokenizer, env.system_prompt), []
+    for seed in tqdm(seeds, desc=desc, unit="episode", leave=False, disable=None):
+        transcript = Transcript(chat, env, seed, max_context=10**9, max_response_tokens=0)
+        while transcript.respond(tokenizer(demonstration(env, rng, noise, plan_in)).input_ids + [tokenizer.eos_token_id]):
+            pass
+        transcripts.append(transcript)
+    return pack(transcripts, tokenizer.pad_token_id)
+
+
+def imitate(model, data, steps, lr, rng, desc, batch=16, action_weight=8.0):
+    """Supervised training on the responses of `data`; learning rate falls linearly to a twentieth."""
+    optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.95))
+    by_length = data.lengths.argsort()  # neighbours are of like length, so a batch has little padding
+    bar = tqdm(range(steps), desc=desc, unit="update", leave=False, disable=None)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50) * max(0.05, 1 - step / steps)
+        start = int(rng.integers(len(data) - batch + 1))
+        rows = data.select(by_length[start:start + batch])
+        stats = score(model, rows.ids, rows.response_mask)
+        # Action tokens are few but decide the game; unweighted, they are learnt last.
+        weights = rows.response_mask + (action_weight - 1) * rows.action_mask
+        loss = -(weights * stats.logprobs).sum() / weights.sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.2f}")
+
+
+def teach(env, held_out, *, plan_in="answer", width=64, layers=2, episodes=3000, steps=1200, noise=0.2, worse_steps=80,
+          worse_noise=0.75):
+    """An agent for the boards of `env` whose first observation is not in held_out -> (model, tokenizer).
+
+    episodes, steps, noise: demonstrations, updates and share of random moves of the first stage; worse_*: of the second.
+    plan_in: where it decides on its actions, in the "answer" or already in the reasoning ("think"), which the answer copies.
+    """
+    rng = np.random.default_rng(0)
+    texts = ["system", "user", "assistant", *FILLERS]
+    for seed in range(100):
+        observation, _ = env.reset(seed=seed)
+        over = False
+        while not over:
+            answer = demonstration(env, rng, 0.5, plan_in)
+            texts += [observation, answer]
+            observation, _, terminated, truncated, _ = env.step(answer)
+            over = terminated or truncated
+    tokenizer = tiny_tokenizer(texts, phrases=[env.system_prompt, env.format_reminder, *getattr(env, "phrases", [])])
+    model = tiny_model(tokenizer, width=width, layers=layers, heads=width // 32)
+    good = demonstrations(env, tokenizer, draw_boards(env, rng, episodes, EVALUATION_SEED, held_out), rng, noise, plan_in,
+                          "demonstrations")
+    imitate(model, good, steps, 3e-3, rng, "1 of 2: know the game")
+    if worse_steps:
+        bad = demonstrations(env, tokenizer, draw_boards(env, rng, episodes // 2, EVALUATION_SEED, held_out), rng, worse_noise,
+                             plan_in, "poor demonstrations")
+        imitate(model, bad, worse_steps, 1e-3, rng, "2 of 2: play it badly")
+    return model, tokenizer
+
+
+def main():
+    parser = OneLineParser("python -m extras.agent", description=__doc__.split("\n\n")[0])
+    parser.add_argument("env", help="environment, or module:Class")
+    parser.add_argument("--out", type=Path, help="directory (default: extras/agents/ENV)")
+    parser.add_argument("--env-options", nargs="+", default=(), metavar="KEY=VALUE", help="other boards than the shipped agent's")
+    parser.add_argument("--plan-in", choices=("answer", "think"), default="answer", help="where the agent decides")
+    for name in ("width", "layers", "episodes", "steps", "worse_steps"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {teach.__kwdefaults__[name]}")
+    options = parser.parse_args()
+    boards, how = TAUGHT.get(options.env, ({}, {}))
+    given = {name: getattr(options, name) for name in ("width", "layers", "episodes", "steps", "worse_steps")
+             if getattr(options, name) is not None}
+    try:
+        settings = Settings(env=options.env, env_options=tuple(options.env_options) or tuple(
+            f"{key}={json.dumps(value)}" for key, value in boards.items()), **DEFAULTS.get(options.env, {}))
+        env = settings.make_env()
+        model, tokenizer = teach(env, {env.reset(seed=seed)[0] for seed in settings.evaluation_seeds()},
+                                 **how | given | {"plan_in": options.plan_in})
+        out = options.out or AGENTS / options.env
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        (out / "env.json").write_text(json.dumps(boards if not options.env_options else settings.board_options(), indent=1) + "\n")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(f"{sum(p.numel() for p in model.parameters())} parameters, written to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""What keeps a run safe: files that are written whole, arms in processes of their own, signals, and what --resume goes on from.
+
+Each arm writes its own log and checkpoint (DIR/arms); the parent only reads. Whatever ends a run at whatever moment, the same
+command with --resume goes on from the last checkpoints and writes the metrics of a run that was never stopped.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import zipfile
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one directory are not told apart there
+    fcntl = None
+
+asked_to_stop = threading.Event()  # in a training process: the parent's
+received = []  # the signals that this process got
+
+
+def write(path, data):
+    """Replace a file, all or nothing: neither a kill nor a full disk nor a reader leaves or sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data.encode()) if isinstance(data, str) else torch.save(data, file)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes the place of the last one
+    if path.suffix == ".pt" and path.exists():
+        os.replace(path, f"{path}.previous")
+    os.replace(partial, path)
+
+
+def load_checkpoint(path, device="cpu"):
+    """The newest whole checkpoint, or None; a damaged one is named on stderr. Nothing in the file is executed."""
+    for candidate in (path, Path(f"{path}.previous")):
+        try:
+            if candidate.exists() and zipfile.ZipFile(candidate).testzip() is None:  # torch.save's format has checksums
+                return torch.load(candidate, map_location=device, weights_only=True)
+        except Exception:  # what a damaged archive raises depends on where the damage is
+            pass
+        if candidate.exists():
+            print(f"train.py: {candidate} is damaged, so it is not used", file=sys.stderr)
+    return None
+
+
+class ArmFiles:
+    """The log and the checkpoint of one arm."""
+
+    def __init__(self, out, algo, credit, seed):
+        name = re.sub(r"[^\w+.=,-]", "-", f"{algo}-{credit}-{seed}")
+        if len(name) > 100:  # a file system takes 255 bytes
+            name = f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}-{seed}"
+        self.log, self.checkpoint = Path(out) / "arms" / f"{name}.jsonl", Path(out) / "arms" / f"{name}.pt"
+
+    def lines(self):
+        """Whole lines of the log; a kill may have torn the last one."""
+        text = self.log.read_text() if self.log.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def restore(self, arm):
+        """Put the arm into the state of its checkpoint -> the step to go on with, 0 where there is no checkpoint."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        saved, lines = load_checkpoint(self.checkpoint, arm.settings.torch_device), self.lines()
+        if saved and saved["agent"] != arm.agent:
+            raise ValueError(f"{self.checkpoint} was trained from agent {saved['agent']}, this is {arm.agent}")
+        done = saved["step"] + 1 if saved and len(lines) > saved["step"] else 0  # a kill may have come between log and checkpoint
+        if done:
+            arm.load_state_dict(saved)
+        write(self.log, "".join(json.dumps(line) + "\n" for line in lines[:done]))
+        return done
+
+    def record(self, line, arm, checkpoint):
+        """Append a step's line; with checkpoint=True, or when asked to stop, save the arm -> whether to stop."""
+        stopping = asked_to_stop.is_set()
+        with open(self.log, "a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            if checkpoint or stopping:
+                file.flush()
+                os.fsync(file.fileno())
+                write(self.checkpoint, {"agent": arm.agent, "step": line["step"], **arm.state_dict()})
+        return stopping
+
+
+def fingerprint(model, tokenizer):
+    """What tells one agent from another, 16 characters: weights, vocabulary and chat template."""
+    digest = hashlib.sha256(repr((sorted(tokenizer.get_vocab().items()), tokenizer.chat_template)).encode())
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode() + x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def saving_memory(arm):
+    """Let an arm score and differentiate with half the micro-batch for as long as memory runs out: the result is the same."""
+    def saving(method):
+        def retried(*arguments):
+            while True:
+                try:
+                    return method(*arguments)
+                except RuntimeError as error:  # a CPU's has no class of its own
+                    lacking = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                    if not lacking or arm.micro_batch == 1:
+                        raise
+                arm.micro_batch //= 2  # outside of except: its traceback holds on to what did not fit
+                arm.forget_gradients()
+                print(f"train.py: out of memory, going on with micro-batches of {arm.micro_batch}", file=sys.stderr)
+        return retried
+    arm.score, arm.gradient = saving(arm.score), saving(arm.gradient)
+    return arm
+
+
+def begin(settings, agent, resume):
+    """Make the output directory, or check that the run in it can go on with these settings -> a lock, to be held."""
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / "lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"out: another run is writing to {out}") from None
+    plain = lambda s: json.loads(json.dumps(dataclasses.asdict(s)))
+    now, default = plain(settings) | {"agent": agent}, plain(type(settings)())
+    if resume and (out / "settings.json").exists():
+        before = default | json.loads((out / "settings.json").read_text())  # an older version may not know all of them
+        changed = [name for name in now if name not in ("out", "jobs") and now[name] != before.get(name)]
+        if changed:
+            raise ValueError(f"resume: {out} was begun with another {', '.join(changed)}")
+    else:
+        shutil.rmtree(out / "arms", ignore_errors=True)
+    write(out / "settings.json", json.dumps(now, indent=1) + "\n")
+    return lock
+
+
+def in_worker(stop, threads):
+    """What a training process is set up with: the parent says when to stop, and the parent's end is its own."""
+    global asked_to_stop
+    asked_to_stop = stop
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to the whole process group
+        signal.signal(number, signal.SIG_IGN)
+    parent = torch.multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(threads)
+
+
+def on_signal(number, _):
+    """The first signal ends every arm with a checkpoint after its step, or after 8 seconds without; a second one at once."""
+    if received:
+        os._exit(128 + number)
+    received.append(number)
+    os.write(2, b"\ninterrupted: stopping after this step, in 8 seconds at the latest (a second signal: at once);"
+             b" the same command with --resume goes on\n")
+    timer = threading.Timer(8, os._exit, (128 + number,))  # checkpoints are whole at any moment, and workers end with us
+    timer.daemon = True
+    timer.start()
+
+
+def run_arms(train_arm, settings, arms, report):
+    """train_arm(settings, *arm) for each arm, side by side, a process each: a small model cannot keep several cores busy.
+
+    report(line) gets every line of their logs.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jobs = min(settings.jobs or (1 if settings.torch_device.type == "cuda" else cores), len(arms))
+    context = torch.multiprocessing.get_context("spawn")
+    stop, seen = context.Event(), Counter()
+    pool = ProcessPoolExecutor(jobs, context, in_worker, (stop, max(1, min(torch.get_num_threads(), cores // jobs))))
+    try:
+        left = {pool.submit(train_arm, settings, *arm) for arm in arms}
+        while left:
+            done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+            for arm in arms:
+                lines = ArmFiles(settings.out, *arm).lines()
+                for line in lines[seen[arm]:]:
+                    report(line)
+                seen[arm] = max(seen[arm], len(lines))
+            for future in done:
+                future.result()  # raises what the arm raised
+            if received:
+                stop.set()
+    except BrokenProcessPool:
+        raise ValueError("a training process ended without a word: was it killed, for want of memory?") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in torch.multiprocessing.active_children():
+            process.kill()
