@@ -95,7 +95,7 @@ def token_weights(signal, action_mask, response_mask, *, alpha=0.1, beta=0.5, ep
 
 def token_logprobs(logits, targets):
     """Log-probs [n] of targets[n] under raw logits[n, V]."""
-    return logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    return logits.gather(-1, targets[:, None])[:, 0] - torch.logsumexp(logits, -1)
 
 
 # What is put in the place of energy in the paper's ablation (random: a control of ours). Each is (logits[n, V] of the frozen

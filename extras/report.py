@@ -32,13 +32,17 @@ README = RESULTS / "README.md"
 # A run ----------------------------------------------------------------------------------------------------------------
 
 
+def described(settings):
+    """A run's settings, less its directory, and what it ran on."""
+    config = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
+    return config | {"made_with": {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count(),
+                                   "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}}
+
+
 def summary(settings, agent, logs):
     """summary.json: the settings and what they ran on, success of random and of best play, an entry for each arm's log."""
-    made_with = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-                 "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
-    config = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
     env, seeds = settings.make_env(), settings.evaluation_seeds()
-    return {"config": config | {"agent": agent, "made_with": made_with}, "floor": random_floor(env, seeds),
+    return {"config": described(settings) | {"agent": agent}, "floor": random_floor(env, seeds),
             "ceiling": mean_ceiling(env, seeds), "arms": [summarise(lines) for lines in logs]}
 
 

@@ -1,0 +1,162 @@
+"""One episode, turn by turn, each token shaded by its ActFocus weight: in the terminal, or as an SVG.
+
+    python -m extras.show                                               # the built-in agent
+    python -m extras.show --checkpoint runs/latest/arms/grpo-actfocus-0.pt      # after training, with its run's settings
+    python -m extras.show --svg results/episode.svg                     # the picture in the README
+
+It is the episode with the largest advantage of a group of G, on the first board (of 20) that the group wins and loses.
+"""
+
+import copy
+import html
+import itertools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from actfocus import group_advantages
+from env import draw_boards
+from extras.options import SettingsParser
+from extras.runs import load_checkpoint
+from train import EVALUATION_SEED, Arm
+
+SHADES = (229, 222, 215, 208, 202, 196)  # of the terminal's 256 colours, pale to red
+
+
+def saved_settings(checkpoint):
+    """The settings of the run that a checkpoint belongs to: they stand in settings.json beside its folder."""
+    path = Path(checkpoint).parent.parent / "settings.json"
+    return {name: x for name, x in json.loads(path.read_text()).items() if name != "agent"} if path.exists() else {}
+
+
+def agent_at(parser, checkpoint, algo="grpo", credit="actfocus", arguments=None):
+    """(Arm, options): the agent that training starts from, or the policy of one of its checkpoints."""
+    if checkpoint and not Path(checkpoint).is_file():
+        parser.error(f"there is no checkpoint {checkpoint!r}")
+    settings, options = parser.parse_settings(arguments, **(saved_settings(checkpoint) if checkpoint else {}))
+    try:
+        arm = Arm(settings, algo, credit, settings.seeds[0])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if checkpoint:
+        saved = load_checkpoint(Path(checkpoint), settings.torch_device)
+        if saved is None:
+            parser.error(f"there is no whole checkpoint at {checkpoint}")
+        if saved["agent"] != arm.agent:
+            parser.error(f"{checkpoint} was trained from agent {saved['agent']}, but {settings.agent} is {arm.agent}")
+        arm.policy.load_state_dict(saved["learners"][0])
+    return arm, options
+
+
+def turning_episode(arm):
+    """(Batch of a group, the row with the largest advantage, advantages[G]) on the first board that is won and lost."""
+    for seed in draw_boards(arm.env, arm.rng, 20, EVALUATION_SEED, arm.held_out):
+        played = arm.play([seed] * arm.settings.rollouts, arm.settings.temperature, arm.generator)
+        if played.success.any() and not played.success.all():
+            break
+    batch, advantages = arm.score(played), group_advantages(played.returns[None])[0]
+    batch.weights = arm.credit.weights(batch)
+    return batch, int(advantages.argmax()), advantages
+
+
+def turns(arm, batch, row):
+    """[(board's lines, [(text, weight, is action)] of the response, reward)] of an episode, and the board at its end."""
+    env, shown = copy.deepcopy(arm.env), []
+    if hasattr(env, "observation"):  # people read grids
+        env.observation = "grid"
+    env.reset(seed=int(batch.seeds[row]))
+    decode = lambda ids: arm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    for turn in range(int(batch.turns[row])):
+        where = (batch.turn_ids[row] == turn).nonzero()[:, 0]
+        tokens = [(decode([int(batch.ids[row, t])]), float(batch.weights[row, t]), bool(batch.action_mask[row, t])) for t in where]
+        board, ids = env.render().splitlines(), batch.ids[row, where].tolist()
+        reward = env.step(decode(ids[:-1] if ids[-1] == arm.tokenizer.eos_token_id else ids))[1]
+        shown.append((board, tokens, reward))
+    return shown, env.render().splitlines()
+
+
+def shaded(text, weight, is_action, beta, colour):
+    """A token as a terminal shows it: reasoning dim, action tokens the redder the more they weigh; marks without colour."""
+    text = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+    if not is_action:
+        return text, f"\x1b[2m{text}\x1b[0m" if colour else text
+    if not colour:
+        return text, f"[{text.strip()} {weight:.2f}]"
+    shade = SHADES[min(int((weight - 1) / beta * len(SHADES)) if beta else len(SHADES), len(SHADES) - 1)]
+    return text, f"\x1b[30;48;5;{shade}m{text}\x1b[0m"
+
+
+def beside(board, tokens, width):
+    """Lines of a board with a text to its right; tokens: [(text as it is, text as it is shown)], broken before a space."""
+    left = max(map(len, board), default=0) + 3
+    room, lines, length = max(width - left, 20), [""], 0
+    for plain, shown in tokens:
+        if length + len(plain) > room and (plain[:1].isspace() or length > room + 12):  # a full stop may stick out
+            lines, length = [*lines, ""], 0
+        lines[-1] += shown
+        length += len(plain)
+    return [f"{a:{left}}{b}".rstrip() for a, b in itertools.zip_longest(board, lines, fillvalue="")]
+
+
+def svg(shown, last, title, beta):
+    """The episode as an SVG whose text is text: reasoning grey, action tokens on a background as red as they weigh much."""
+    size, height, columns = 7.25, 18, 112  # pixels a character, pixels a line
+    out, y = [], height * 2
+    text = lambda x, y, words, more="": f'<text x="{x:.1f}" y="{y}" xml:space="preserve"{more}>{html.escape(words)}</text>'
+    for number, (board, tokens, reward) in enumerate([*shown, (last, [], None)], 1):
+        top, x, left = y, 0, 10 + (max(map(len, board)) + 3) * size
+        for i, line in enumerate(board):
+            out.append(text(10, top + i * height, line))
+        for words, weight, is_action in tokens:
+            words = "".join(c if c.isprintable() else " " for c in words)
+            if x + len(words) > columns - left / size and words[:1] == " ":
+                x, y = 0, y + height
+            if is_action:
+                share = min(max((weight - 1) / beta, 0), 1) if beta else 1
+                out.append(f'<rect x="{left + x * size:.1f}" y="{y - 13}" width="{len(words) * size:.1f}" height="{height - 1}" rx="2" '
+                           f'fill="rgb(255,{int(214 - 140 * share)},{int(170 - 130 * share)})"><title>{weight:.2f}</title></rect>')
+            out.append(text(left + x * size, y, words, "" if is_action else ' class="dim"'))
+            x += len(words)
+        y = max(y + height, top + len(board) * height) + height // 2
+        if reward is not None:
+            out.append(text(left, y - height // 2, f"turn {number}: reward {reward:+.1f}", ' class="note"'))
+            y += height
+    width = columns * size + 20
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {y}" font-family="ui-monospace, Menlo, Consolas, '
+            f'monospace" font-size="12"><style>.dim{{fill:#8a8f98}}.note{{fill:#57606a;font-style:italic}}</style><rect width="100%" '
+            f'height="100%" fill="#fff"/>{text(10, height, title, " font-weight=" + chr(34) + "bold" + chr(34))}\n'
+            + "\n".join(out) + "\n</svg>\n")
+
+
+def main(arguments=None):
+    parser = SettingsParser("python -m extras.show", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--checkpoint", help="an arm's, DIR/arms/*.pt; its run's settings are used (default: the agent before training)")
+    parser.add_argument("--svg", type=Path, help="write a picture instead of printing")
+    arm, options = agent_at(parser, parser.parse_args(arguments).checkpoint, arguments=arguments)
+    batch, row, advantages = turning_episode(arm)
+    shown, last = turns(arm, batch, row)
+    s = arm.settings
+    title = (f"{s.env}, board of seed {int(batch.seeds[row])}, {options.checkpoint or 'the agent before training'}: the best of "
+             f"{s.rollouts} episodes. Reasoning weighs {s.alpha}, action tokens 1 to {1 + s.beta}")
+    if options.svg:
+        options.svg.write_text(svg(shown, last, title, s.beta), encoding="utf-8")
+        return
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no √
+    colour, width = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), shutil.get_terminal_size((110, 24)).columns
+    print(f"{title}, " + ("the redder the more." if colour else "as in [Up 1.23]."))
+    for number, (board, tokens, reward) in enumerate(shown, 1):
+        print(f"\nturn {number}")
+        print("\n".join(beside(board, [shaded(*token, s.beta, colour) for token in tokens], width)))
+        print(f"reward {reward:+.1f}")
+    print("\n" + "\n".join(last))
+    print(f"return {float(batch.returns[row]):+.1f}, advantage {float(advantages[row]):+.2f} (the group's returns: "
+          f"{' '.join(f'{value:.1f}' for value in batch.returns.tolist())}), " + ("solved" if batch.success[row] else "not solved"))
+
+
+if __name__ == "__main__":
+    main()
