@@ -1,31 +1,31 @@
 """ActFocus: focus the policy gradient of a multi-turn language-model agent on its action tokens.
 
-"Resolving Action Bottleneck: Agentic Reinforcement Learning Informed by Token-Level Energy" (arXiv 2605.14558). The agent
-writes `<think> long reasoning </think><answer> short action </answer>` every turn. PPO and GRPO credit all those tokens
-alike; ActFocus weights them by where they stand and by how unsure a frozen reference model is about them:
+"Resolving Action Bottleneck: Agentic Reinforcement Learning Informed by Token-Level Energy" (arXiv 2605.14558). The
+agent writes `<think> long reasoning </think><answer> short action </answer>` every turn. PPO and GRPO credit all those
+tokens alike; ActFocus weights them by where they stand and by how unsure a frozen reference model is about them:
 
-    E_t = -logsumexp_v f_ref[t, v]                                energy of token y_t             token_energy
-    w_t = alpha                                                   y_t is reasoning                token_weights
-    w_t = 1 + beta * sigmoid((E_t - mu) / sigma)                  y_t is part of an action
+    E_t = -logsumexp_v f_ref[t, v]                     energy of token y_t           token_energy
+    w_t = alpha                                        y_t is reasoning              token_weights
+    w_t = 1 + beta * sigmoid((E_t - mu) / sigma)       y_t is part of an action
     L   = -(1 / sum_t w_t) sum_t w_t min(rho_t A_t, clip(rho_t, 1 - eps_low, 1 + eps_high) A_t)   weighted_policy_loss
 
-mu and sigma are the mean and the population deviation of E over all action tokens of the training batch. The advantages A_t
-are those of the algorithm that it is put into: group_advantages (GRPO) or gae (PPO). (alpha, beta) = (1, 0) is that algorithm
-itself, bit for bit. This file needs torch and nothing else: copy it. In your own loop:
+mu and sigma are the mean and the population deviation of E over all action tokens of the training batch. The advantages
+A_t are those of the algorithm that it is put into: group_advantages (GRPO) or gae (PPO). (alpha, beta) = (1, 0) is that
+algorithm itself, bit for bit. This file needs torch and nothing else: copy it. In your own loop:
 
     energy  = token_energy(ref_logits[:, :-1])                    # logits at t - 1 predict token t
     weights = token_weights(energy, action_mask[:, 1:], response_mask[:, 1:])
     loss, stats = weighted_policy_loss(logprobs, old_logprobs, advantages, weights)      # all [B, T - 1]
 
-Shapes, here and in the other files: B trajectories, T tokens, N flattened tokens, V vocabulary, H hidden size, P prompts,
-G rollouts of a prompt. Column t of a [B, T] tensor of log-probs, energies or weights belongs to token t. Masks are bool:
-response_mask marks the tokens that the policy sampled, action_mask those of them between `<answer>` and `</answer>`.
+Shapes, here and in the other files: B trajectories, T tokens, N flattened tokens, V vocabulary, H hidden size, P
+prompts, G rollouts of a prompt. Column t of a [B, T] tensor of log-probs, energies or weights belongs to token t. Masks
+are bool: response_mask marks the tokens that the policy sampled, action_mask those of them between `<answer>` and
+`</answer>`.
 """
 
 import copy
 import dataclasses
 import pkgutil
-from collections import Counter
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside any clip range, and exp() of 
 
 
 def check(like, where=None, dtype=None, **tensors):
-    """ValueError that names the argument, unless each tensor has the shape of `like`, `dtype`, and finite numbers `where`."""
+    """ValueError that names it unless each tensor has the shape of `like`, the `dtype`, and finite numbers `where`."""
     for name, x in tensors.items():
         if x.shape != like.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(like.shape)}")
@@ -51,8 +51,8 @@ def check_range(low, high=float("inf"), **values):
             raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
 
 
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))  # half precision and integers, in which sums go wrong
+def at_least_float32(x):  # in half precision and in integers, sums go wrong
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # Token weights --------------------------------------------------------------------------------------------------------
@@ -69,13 +69,13 @@ def token_energy(logits):
 
 @torch.no_grad()
 def token_weights(signal, action_mask, response_mask, *, alpha=0.1, beta=0.5, eps=1e-6):
-    """ActFocus weights w[B, T], float32, without gradient: alpha on reasoning, 1 + beta * sigmoid(z) on actions, else 0.
+    """ActFocus weights w[B, T] float32, without gradient: alpha on reasoning, 1 + beta * sigmoid(z) on actions, else 0.
 
-    signal[B, T]: a score of each token, token_energy in the paper; read on action tokens only. z is standardised with the mean
-    and the population deviation over all action tokens of the call, so pass the whole training batch at once, not a
-    micro-batch. A batch without an action token is valid: every response token then weighs alpha.
-    ValueError: alpha outside [0, 1], beta < 0, a mask of another shape or dtype, an action token outside the response, a
-    signal that is not finite on an action token.
+    signal[B, T]: a score of each token, token_energy in the paper; read on action tokens only. z is standardised with
+    the mean and the population deviation over all action tokens of the call, so pass the whole training batch at once,
+    not a micro-batch. A batch without an action token is valid: every response token then weighs alpha.
+    ValueError: alpha outside [0, 1], beta < 0, a mask of another shape or dtype, an action token outside the response,
+    a signal that is not finite on an action token.
     """
     check_range(0, 1, alpha=alpha)
     check_range(0, beta=beta)
@@ -98,8 +98,8 @@ def token_logprobs(logits, targets):
     return logits.gather(-1, targets[:, None])[:, 0] - torch.logsumexp(logits, -1)
 
 
-# What is put in the place of energy in the paper's ablation (random: a control of ours). Each is (logits[n, V] of the frozen
-# reference, targets[n], old_logprobs[n] of the policy that sampled) -> the score [n] of n tokens. To add one, add a line.
+# What is put in the place of energy in the paper's ablation (random: a control of ours). Each is (logits[n, V] of the
+# frozen reference, targets[n], old_logprobs[n] of the policy that sampled) -> the score [n] of n tokens.
 SIGNALS = {
     "energy": lambda logits, targets, old_logprobs: token_energy(logits),
     "entropy": lambda logits, targets, old_logprobs: torch.distributions.Categorical(logits=logits).entropy(),
@@ -109,16 +109,13 @@ SIGNALS = {
 }
 
 
-# The objective --------------------------------------------------------------------------------------------------------
-
-
 def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_low=0.2, clip_high=0.28, weight_sum=None):
     """Clipped policy loss with token weights; all [B, T], read where weights > 0 -> (loss, stats).
 
     L = -(1 / weight_sum) sum_t w_t min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t), rho_t = exp(logprobs -
-    old_logprobs). weight_sum is the sum of weights over the whole optimiser minibatch. Where a call sees only a part of it
-    (a micro-batch), pass the whole's sum: the parts' losses and gradients then add up to the whole's. A mean per micro-batch
-    would not. Without any weight the loss is 0. clip_low and clip_high: a number, or a tensor [B, T] where the range differs.
+    old_logprobs). weight_sum is the sum of weights over the whole optimiser minibatch. Where a call sees only a part of
+    it (a micro-batch), pass the whole's sum: the parts' losses and gradients then add up to the whole's. A mean per
+    micro-batch would not. Without any weight the loss is 0. clip_low, clip_high: a number, or one a token, [B, T].
 
     stats, plain means over the tokens with weight > 0, no gradient: approx_kl (rho - 1 - log rho, Schulman's k3, nats),
     clip_fraction (rho outside the clip range, whatever the advantage's sign), ratio_mean.
@@ -132,12 +129,14 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
     check(weight_sum, weight_sum=weight_sum)
     if (weights < 0).any() or weight_sum < 0 or (weight_sum == 0 and active.any()):
         raise ValueError("weights must not be negative, and weight_sum must be the sum of the minibatch's weights")
-    for name, bound, most in (("clip_low", torch.as_tensor(clip_low), 1), ("clip_high", torch.as_tensor(clip_high), float("inf"))):
+    for name, bound, most in (("clip_low", clip_low, 1), ("clip_high", clip_high, float("inf"))):
+        bound = torch.as_tensor(bound)
         if not ((bound >= 0) & (bound <= most)).all() or bound.shape not in ((), logprobs.shape):
             raise ValueError(f"{name} must be in [0, {most}], a number or one for each token")
 
     # where() before exp(): padding may hold anything, and a NaN multiplied by weight 0 is still NaN.
-    log_ratio = torch.where(active, logprobs - old_logprobs.detach(), 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [B, T]
+    log_ratio = torch.where(active, logprobs - old_logprobs.detach(), 0.0)  # [B, T]
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     advantages = torch.where(active, advantages.detach(), 0.0)  # [B, T]
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -153,11 +152,8 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
     return loss, stats
 
 
-# Advantages -----------------------------------------------------------------------------------------------------------
-
-
 def group_spread(returns, correction=1):
-    """Standard deviation (the sample's) within each group, returns[P, G] -> [P] float64; exactly 0 for rounding noise."""
+    """Standard deviation (the sample's) within each group, returns[P, G] -> [P] float64; 0 for rounding noise."""
     if returns.dim() != 2 or 0 in returns.shape:
         raise ValueError(f"returns must be [P, G] and not empty, got shape {tuple(returns.shape)}")
     check(returns, returns=returns)
@@ -179,11 +175,11 @@ def group_advantages(returns):
 
 @torch.no_grad()
 def gae(rewards, values, response_mask, *, gamma=1.0, lam=1.0):
-    """Generalised advantage estimation over response tokens only, all [B, T] -> (advantages, returns), 0 outside the mask.
+    """Generalised advantage estimation over response tokens, all [B, T] -> (advantages, returns), 0 outside the mask.
 
-    delta_t = r_t + gamma V_next - V_t and A_t = delta_t + gamma lam A_next, where "next" is the next *response* token: the
-    observation between two turns neither ends the recursion, nor discounts, nor receives credit. returns = A + V, the
-    critic's target. values[b, t] is V before token t is written; what stands outside the mask is never read.
+    delta_t = r_t + gamma V_next - V_t and A_t = delta_t + gamma lam A_next, where "next" is the next *response* token:
+    the observation between two turns neither ends the recursion, nor discounts, nor receives credit. returns = A + V,
+    the critic's target. values[b, t] is V before token t is written; what stands outside the mask is never read.
     """
     check_range(0, 1, gamma=gamma, lam=lam)
     check(rewards, dtype=torch.bool, response_mask=response_mask)
@@ -207,7 +203,7 @@ def whiten(x, mask):
 
 
 class Critic(nn.Module):
-    """PPO's V of the state before each token: a Hugging Face model's backbone, copied, with a scalar head that starts at 0."""
+    """PPO's V of the state before each token: the policy's backbone, copied, with a scalar head that starts at 0."""
 
     def __init__(self, model):
         super().__init__()
@@ -221,9 +217,6 @@ class Critic(nn.Module):
         hidden = self.backbone(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]
         values = self.head(hidden)[..., 0].float()
         return torch.where(response_mask, nn.functional.pad(values, (1, 0)), 0.0)
-
-
-# Which groups are trained on ------------------------------------------------------------------------------------------
 
 
 def variance_filter(returns, keep=0.25):
@@ -240,13 +233,13 @@ def variance_filter(returns, keep=0.25):
     return order[spread[order] > 0]
 
 
-# Credit methods: how they answer what the training loop asks ------------------------------------------------------------
+# Credit methods: their answers to what the training loop asks -----------------------------------------------------
 
 
 class Credit:
     """Plain PPO and GRPO. A method of credit assignment is a subclass with the answers in which it differs.
 
-    arm: the training loop's Arm; played: rollout.Trajectories; batch, minibatch: train.Batch, tensors [B, T].
+    arm: train.Arm; played: rollout.Trajectories; batch, minibatch: train.Batch.
     """
 
     algos = ("ppo", "grpo")  # what it goes with
@@ -259,30 +252,31 @@ class Credit:
         if self.algo not in self.algos:
             raise ValueError(f"credits: {type(self).__name__} goes with --algos {' '.join(self.algos)} alone")
 
-    def play(self, arm, seeds):
-        """Boards -> trajectories of len(seeds) * G episodes, board by board."""
-        return arm.play([seed for seed in seeds for _ in range(self.settings.rollouts)], self.settings.temperature, arm.generator)
+    def play(self, arm, boards):
+        """Seeds of P boards -> Trajectories of P * G episodes, board by board."""
+        seeds = [board for board in boards for _ in range(self.settings.rollouts)]
+        return arm.play(seeds, self.settings.temperature, arm.generator)
 
     def filter(self, played):
-        """The trajectories that are trained on, response_mask marking the tokens; none: there is nothing to learn."""
-        returns = played.returns.view(self.settings.prompts, -1)  # [P, G]
-        groups = variance_filter(returns, keep=self.settings.keep)
-        if self.settings.keep == 1 and (self.algo == "ppo" or len(groups)):  # a group without spread still teaches the critic
+        """The trajectories that are trained on, and in response_mask which of their tokens; none: nothing to learn."""
+        returns, keep = played.returns.view(self.settings.prompts, -1), self.settings.keep  # [P, G]
+        groups = variance_filter(returns, keep=keep)
+        if keep == 1 and (self.algo == "ppo" or len(groups)):  # a group without spread still teaches the critic
             groups = torch.arange(len(returns))
         return played.select((groups[:, None] * returns.shape[1] + torch.arange(returns.shape[1])).flatten())
 
     def advantages(self, batch):
-        """Batch -> [B, T]."""
+        """-> [B, T]."""
         if self.algo == "ppo":
             return whiten(batch.gae_advantages, batch.response_mask)
         return group_advantages(batch.returns.view(-1, self.settings.rollouts)).view(-1, 1) * batch.response_mask
 
     def weights(self, batch):
-        """Batch -> [B, T] float32, not negative, 0 on what is not trained."""
+        """-> [B, T] float32, 0 on what is not trained."""
         return batch.response_mask.float()
 
     def ratio(self, logprobs, batch):
-        """The policy's log-probs [B, T] -> (those whose ratio to batch.old_logprobs is clipped, clip_low, clip_high)."""
+        """The policy's log-probs [B, T] -> (those whose ratio to the old ones is clipped, clip_low, clip_high)."""
         return logprobs, self.settings.clip_low, self.settings.clip_high
 
     def normaliser(self, minibatch):
@@ -300,6 +294,8 @@ class ActFocus(Credit):
 
 # name -> class, or "module:Class" for one that is imported when somebody asks for it
 CREDITS = {"uniform": Credit, "actfocus": ActFocus, "carl": "extras.rivals:Carl", "a2tgpo": "extras.rivals:A2tgpo"}
+OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "lr", "critic_lr", "clip_low", "clip_high", "gamma",
+                "lam", "entropy_coef", "kl_coef")  # those of train.Settings that a credit may have for itself
 
 
 def make_credit(text, algo, settings):
@@ -309,29 +305,23 @@ def make_credit(text, algo, settings):
         raise ValueError(f"credits: {unknown[0]!r} is not one of {', '.join(CREDITS)}")
     parts = [CREDITS[part] for part in name.split("+")]
     parts = [pkgutil.resolve_name(part) if isinstance(part, str) else part for part in parts]
-    answers = Counter(answer for part in parts for answer in vars(part) if callable(getattr(Credit, answer, None)) and answer[0] != "_")
-    if twice := [answer for answer, count in answers.items() if count > 1 and answer != "check"]:
-        raise ValueError(f"credits: {name!r} joins methods that both have {', '.join(twice)} of their own")
+    own_answers = [answer for part in parts for answer in vars(part) if answer in vars(Credit) and answer[0] != "_"]
+    if twice := {answer for answer in own_answers if own_answers.count(answer) > 1} - {"check", "algos"}:
+        raise ValueError(f"credits: {name!r} joins methods that both have {', '.join(sorted(twice))} of their own")
     try:
-        credit = type(name, tuple(parts), {})(algo, settings)
+        credit = type(name, tuple(parts), {})(algo, settings)  # each answers where it differs from plain PPO and GRPO
     except TypeError:
         raise ValueError(f"credits: {name!r} cannot be joined") from None
-    for option in own.split(",") if own else ():
-        key, _, value = option.partition("=")
-        of_credit = not key.startswith("_") and isinstance(getattr(credit, key, None), (str, int, float))
-        owner = credit if of_credit else credit.settings
-        if not of_credit and (key not in OWN_SETTINGS):
+    for key, _, value in (option.partition("=") for option in own.split(",") if option):
+        is_credits = key[:1] != "_" and isinstance(getattr(credit, key, None), (str, int, float))
+        if not is_credits and key not in OWN_SETTINGS:
             raise ValueError(f"credits: {key!r} in {text!r} is not a setting that a credit can have for itself")
         try:
-            value = type(getattr(owner, key))(value)
+            value = type(getattr(credit if is_credits else settings, key))(value)
         except ValueError:
             raise ValueError(f"credits: {value!r} is no value for {key} in {text!r}") from None
-        if of_credit:
+        if is_credits:
             setattr(credit, key, value)
         else:
             credit.settings = dataclasses.replace(credit.settings, credits=(name,), **{key: value})
     return credit
-
-
-OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "lr", "critic_lr", "clip_low", "clip_high", "gamma", "lam",
-                "entropy_coef", "kl_coef")

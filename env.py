@@ -12,12 +12,12 @@ observations are text, there are no spaces, and its wrappers do not fit):
     >>> plan = env.oracle()                                     # a shortest solution, e.g. ["Up", "Left", ...]
     >>> observation, reward, terminated, truncated, info = env.step(response(plan[:2], think="Push it up."))
 
-Symbols, budgets, rewards and the format penalty follow the paper (arXiv 2605.14558, experimental settings), which builds
-on RAGEN. All randomness of an instance comes from its own generator, so `copy.deepcopy(env)` is a full snapshot.
+Symbols, budgets, rewards and the format penalty follow the paper (arXiv 2605.14558, experimental settings), which
+builds on RAGEN. All randomness of an instance comes from its own generator, so `copy.deepcopy(env)` is a full snapshot.
 
-To add an environment, subclass `Env` (instance, move, render, solved, oracle; README.md has an example) and register it,
-`ENVS["name"] = Class`, or name it as "module:Class" wherever a name is asked for. FrozenLake, Sudoku and a web shop stand
-in extras/.
+To add an environment, subclass `Env` (instance, move, render, solved, oracle; README.md has an example) and register
+it, `ENVS["name"] = Class`, or name it as "module:Class" wherever a name is asked for. FrozenLake, Sudoku and a web shop
+stand in extras/.
 """
 
 import pkgutil
@@ -48,9 +48,9 @@ def check_integers(low, **values):
 class Env:
     """What every environment shares: the conversation, the budgets, parsing and the format penalty.
 
-    A response is *valid* if it is exactly one think block followed by one answer block, and the answer holds at least one
-    action and no unknown ones. An invalid response costs `format_penalty`, once a turn. Text without that structure moves
-    nothing; in an answer with both known and unknown actions, the known ones are played.
+    A response is *valid* if it is exactly one think block followed by one answer block, and the answer holds at least
+    one action and no unknown ones. An invalid response costs `format_penalty`, once a turn. Text without that structure
+    moves nothing; in an answer with both known and unknown actions, the known ones are played.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Env:
         self.rng = np.random.default_rng()
         self._over = True
 
-    # What an environment defines ------------------------------------------------------------------------------------
+    # What an environment defines
 
     def instance(self):
         """Draw a new instance from `self.rng`."""
@@ -92,7 +92,7 @@ class Env:
         raise NotImplementedError
 
     def gold(self):
-        """The right answer as text, if the task has one (A2TGPO measures how a turn changes the belief in it); else None."""
+        """The right answer as text, if the task has one; else None."""
         return None
 
     def ceiling(self):
@@ -158,9 +158,8 @@ class Env:
         return played[: min(self.actions_per_turn, self.actions_left)], bool(played) and None not in known
 
     def step(self, answer_text):
-        """Play one turn.
+        """Play one turn. answer_text: the agent's whole response, tags included; any text is accepted.
 
-        answer_text: the agent's whole response, tags included; any text is accepted.
         -> (observation, reward, terminated, truncated, info); info has `success`, `valid` (no format penalty was paid),
         `actions` (the ones played) and what `outcome` adds. RuntimeError if the episode is
         over or was never started.
@@ -206,17 +205,17 @@ def shortest_path(start, neighbours, is_goal, limit=None):
 class Sokoban(Env):
     """Push every box onto a target. -0.1 a move, +1 / -1 when a box enters / leaves a target, +10 when solved.
 
-    size: side of the board, border walls included; walls: walls inside the border; boxes: number of boxes.
-    min_moves, max_moves: range of the shortest solution's length; boards are drawn until a search finds one inside it, so
-    every board is solvable within the budget. observation: what the agent sees, "grid", "coordinates" (row, column,
+    size: side of the board, border walls included; walls: walls inside the border; boxes: number of boxes. min_moves,
+    max_moves: range of the shortest solution's length; boards are drawn until a search finds one inside it, so every
+    board is solvable within the budget. observation: what the agent sees, "grid", "coordinates" (row, column,
     zero-indexed from the top left) or "both".
     """
 
     name = "sokoban"
     actions = tuple(MOVES)
-    intro = ("You are solving Sokoban: push every box onto a target.\nSymbols: # wall, _ floor, O target, X box, √ box on "
-             "target, P player, S player on target.\nMoving into a box pushes it, if the cell behind it is free. Boxes "
-             "cannot be pulled.")
+    intro = ("You are solving Sokoban: push every box onto a target.\nSymbols: # wall, _ floor, O target, X box, "
+             "√ box on target, P player, S player on target.\nMoving into a box pushes it, if the cell behind it is "
+             "free. Boxes cannot be pulled.")
 
     def __init__(self, *, size=6, walls=2, boxes=1, min_moves=1, max_moves=None, observation="grid", **budgets):
         super().__init__(**budgets)
@@ -227,7 +226,7 @@ class Sokoban(Env):
         if size < 4 or boxes < 1 or inner < walls + 2 * boxes + 1:
             raise ValueError(f"size {size} has no room for {walls} walls, {boxes} boxes, their targets and the player")
         if not 1 <= min_moves <= max_moves <= playable:
-            raise ValueError(f"need 1 <= min_moves <= max_moves <= {playable} (the budget), got {min_moves}..{max_moves}")
+            raise ValueError(f"need 1 <= min_moves <= max_moves <= {playable}, the budget, got {min_moves}..{max_moves}")
         if observation not in ("grid", "coordinates", "both"):
             raise ValueError(f"observation must be grid, coordinates or both, got {observation!r}")
         self.size, self.n_walls, self.n_boxes = size, walls, boxes
@@ -246,7 +245,7 @@ class Sokoban(Env):
             plan = self._search(self.max_moves)
             if plan is not None and len(plan) >= self.min_moves:
                 return
-        raise RuntimeError(f"found no board with a solution of {self.min_moves} to {self.max_moves} moves in 10000 draws")
+        raise RuntimeError(f"no board with a solution of {self.min_moves} to {self.max_moves} moves in 10000 draws")
 
     def after(self, player, boxes, action):
         """(player, boxes) after an action; unchanged where a wall or a second box is in the way."""
@@ -309,29 +308,27 @@ ENVS = {"sokoban": Sokoban, "frozenlake": "extras.frozenlake:FrozenLake", "sudok
 
 
 def make(name, **options):
-    """Environment by name (of `ENVS`, or "module:Class"), with its options; ValueError for an unknown name or option."""
+    """Environment by name, of `ENVS` or module:Class, with its options; ValueError for an unknown name or option."""
     cls = ENVS.get(name, name)
-    if isinstance(cls, str):
-        if ":" not in cls:
-            raise ValueError(f"unknown environment {name!r}: choose from {', '.join(ENVS)}, or name a class as module:Class")
-        try:
-            cls = pkgutil.resolve_name(cls)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"environment {name!r} cannot be imported: {error}") from None
+    if isinstance(cls, str) and ":" not in cls:
+        raise ValueError(f"unknown environment {name!r}: choose from {', '.join(ENVS)}, or name a module:Class")
     try:
+        cls = pkgutil.resolve_name(cls) if isinstance(cls, str) else cls
         return cls(**options)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"environment {name!r} cannot be made: {error}") from None
     except TypeError as error:  # an unknown option, or a value of the wrong type
         raise ValueError(f"{name}: {str(error).replace('__init__() ', '')}") from None
 
 
 def draw_boards(env, rng, n, below, held_out):
-    """Seeds under `below` of n boards whose first observation is not in the set `held_out`, that of the evaluation boards."""
+    """Seeds under `below` of n boards whose first observation is not in the set `held_out`, the evaluation boards'."""
     seeds = []
     for _ in range(100 * n):
         seed = int(rng.integers(below))
-        if env.reset(seed=seed)[0] not in held_out or len(held_out) == 1:  # all look alike (a bandit): seeds tell them apart
+        if env.reset(seed=seed)[0] not in held_out or len(held_out) == 1:  # 1: all look alike, the seed tells them apart
             seeds.append(seed)
         if len(seeds) == n:
             return seeds
-    raise ValueError(f"hardly a board is left beside the {len(held_out)} that are held out for evaluation: fewer --eval-boards or "
-                     "larger boards are needed")
+    raise ValueError(f"hardly a board is left beside the {len(held_out)} that are held out for evaluation: fewer "
+                     "--eval-boards or larger boards are needed")

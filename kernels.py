@@ -1,21 +1,19 @@
 """Per-token log-prob, logsumexp and entropy from hidden states, without the [tokens, vocabulary] tensor.
 
-A language model's last step, `logits = hidden @ weight.T`, makes a tensor that outweighs the model: 2048 tokens of a 152k
-vocabulary are 1.2 GB in float32, and autograd keeps several. But the loss needs three numbers a token. With N tokens, H
-hidden units, V words, z = logits / temperature, p = softmax(z) and target y:
+A language model's last step, `logits = hidden @ weight.T`, makes a tensor that outweighs the model: 2048 tokens of a
+152k vocabulary are 1.2 GB in float32, and autograd keeps several. But the loss needs three numbers a token. With N
+tokens, H hidden units, V words, z = logits / temperature, p = softmax(z) and target y:
 
     logprob = z_y - logsumexp(z)        d logprob / dz_j = [j = y] - p_j
     entropy = -sum_j p_j log p_j        d entropy / dz_j = -p_j (log p_j + entropy)
 
-(the second because d p_k / dz_j = p_k ([j = k] - p_j), and sum_j p_j log p_j = -entropy). By the chain rule, with a = d loss /
-d logprob and e = d loss / d entropy of the token, and nothing else that depends on z:
+By the chain rule, with a = d loss / d logprob and e = d loss / d entropy of the token:
 
     d loss / dz_j = a [j = y] - p_j (a + e (log p_j + entropy))
 
-So the forward pass makes the logits of a block of tokens, keeps the three numbers and drops the logits; the backward pass makes
-them again, turns them into d loss / dz, and multiplies that into the gradients of hidden and weight.
-
-The energy of ActFocus is a by-product: -logsumexp of the raw logits.
+So the forward pass makes the logits of a block of tokens, keeps the three numbers and drops the logits; the backward
+pass makes them again, turns them into d loss / dz, and multiplies that into the gradients of hidden and weight. The
+energy of ActFocus is a by-product: -logsumexp of the raw logits. This file needs torch and nothing else.
 `python kernels.py` measures time, memory and gradient error beside other implementations (see --help).
 """
 
@@ -90,7 +88,7 @@ def _blocks(n, vocabulary):
 
 
 def blockwise(function, hidden, weight, bias, *columns):
-    """function(logits[n, V], *columns[n]) -> tensors [n], called for a block of tokens at a time -> those tensors, [N] each."""
+    """function(logits[n, V], *columns[n]) -> tensors [n], of a block of tokens at a time -> those tensors [N]."""
     hidden, weight = _factors(hidden, weight)
     made = []
     for rows in _blocks(len(hidden), len(weight)):
@@ -117,7 +115,7 @@ class _TokenStats(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        active = ((d_logprobs != 0) | (d_entropy != 0)).nonzero()[:, 0]  # masked tokens come with gradient 0: no work for them
+        active = ((d_logprobs != 0) | (d_entropy != 0)).nonzero()[:, 0]  # no work for masked tokens: their gradient is 0
 
         def multiply(logits, rows):  # rows[n]: the block's tokens
             slope = _run(_slope, len(hidden) * len(weight), logits, targets[rows], ctx.temperature, d_logprobs[rows],
@@ -140,16 +138,17 @@ class _TokenStats(torch.autograd.Function):
 
 
 def token_stats(hidden, weight, targets, *, bias=None, temperature=1.0):
-    """(logprobs[N], logsumexp[N], entropy[N]), float32 nats, of softmax(hidden @ weight.T + bias), never holding [N, V].
+    """(logprobs[N], logsumexp[N], entropy[N]), float32 nats, of softmax(hidden @ weight.T + bias), never holding [N,
+    V].
 
-    hidden[N, H], weight[V, H], targets[N] integer, bias[V] or None; any float dtype, the statistics are computed in float32.
-    logprobs and entropy are at `temperature` and carry gradients to hidden, weight and bias; logsumexp is that of the raw
-    logits whatever the temperature, and carries none: the energy of token n is -logsumexp[n].
+    hidden[N, H], weight[V, H], targets[N] integer, bias[V] or None; any float dtype, the statistics are computed in
+    float32. logprobs and entropy are at `temperature` and carry gradients to hidden, weight and bias; logsumexp is that
+    of the raw logits whatever the temperature, and carries none: the energy of token n is -logsumexp[n].
     Memory: the logits of a block of tokens, and the weight's gradient.
     ValueError: shapes that do not fit, a target outside [0, V), a temperature that is not positive.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be [N, H] and weight [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+        raise ValueError(f"hidden must be [N, H], weight [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if targets.shape != hidden.shape[:1] or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be {len(hidden)} integers, got {targets.dtype} {tuple(targets.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -162,9 +161,6 @@ def token_stats(hidden, weight, targets, *, bias=None, temperature=1.0):
         return _TokenStats.apply(hidden, weight, bias, targets.long(), float(temperature))
 
 
-# The tokens of a language model's trajectories ------------------------------------------------------------------------
-
-
 @dataclass
 class TokenStats:
     logprobs: torch.Tensor  # [B, T], of each response token; 0 elsewhere, as are the next two
@@ -174,7 +170,7 @@ class TokenStats:
 
 
 def states(model, ids, response_mask):
-    """What predicts the N response tokens of ids[B, T] -> (hidden[N, H], the head's weight[V, H] and bias, targets[N])."""
+    """What predicts the N response tokens of ids[B, T]: (hidden[N, H], the head's weight[V, H] and bias, targets[N])."""
     hidden = model.base_model(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]: position t - 1 predicts token t
     here, head = response_mask[:, 1:], model.get_output_embeddings()
     hidden, weight = hidden[here], head.weight
@@ -187,7 +183,8 @@ def _at_tokens(values, response_mask):
     """values[N] of the response tokens -> [B, T] float32, 0 elsewhere. FloatingPointError: they are not finite."""
     if not torch.isfinite(values).all():
         raise FloatingPointError("the model's log-probs or energies are not finite")
-    return torch.zeros(response_mask.shape, dtype=torch.float32, device=values.device).masked_scatter(response_mask, values)
+    blank = torch.zeros(response_mask.shape, dtype=torch.float32, device=values.device)
+    return blank.masked_scatter(response_mask, values.float())
 
 
 def score(model, ids, response_mask, temperature=1.0):
@@ -199,12 +196,12 @@ def score(model, ids, response_mask, temperature=1.0):
 
 @torch.no_grad()
 def score_logits(model, ids, response_mask, old_logprobs, *functions):
-    """Each function(logits[n, V], targets[n], old_logprobs[n]) -> [n] of a model's raw logits, as [B, T]; all [B, T]."""
+    """Each function(logits[n, V], targets[n], old_logprobs[n]) -> [n], of a model's raw logits, as [B, T] tensors."""
     hidden, weight, bias, targets = states(model, ids, response_mask)
     with torch.autocast(ids.device.type, enabled=False):
         made = blockwise(lambda *block: [function(*block) for function in functions], hidden, weight, bias, targets,
                          old_logprobs[response_mask])
-    return [_at_tokens(values.float(), response_mask) for values in made]
+    return [_at_tokens(values, response_mask) for values in made]
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Multi-turn sampling: a causal language model plays many text environments at once.
 
-Token in, token out: the ids that the model sampled are the ids that are trained on. They are never decoded and tokenised
-again; text is made from them only for the environment to read. One key-value cache lives through all turns, so each token is
-fed once: a turn costs its own tokens, not the conversation's.
+Token in, token out: the ids that the model sampled are the ids that are trained on. They are never decoded and
+tokenised again; text is made from them only for the environment to read. One key-value cache lives through all turns,
+so a turn costs its own tokens, not the conversation's.
 
     trajectories = rollout(model, tokenizer, envs, seeds=range(128), temperature=1.0, max_response_tokens=100,
                            generator=torch.Generator().manual_seed(0))
-    stats = score(model, trajectories.ids, trajectories.response_mask)      # log-prob, logsumexp, entropy of each token
 
 Works with a Hugging Face causal model and a tokenizer that has a chat template. Shapes as in actfocus.py.
 `python rollout.py` measures tokens per second beside a loop around model.generate.
 """
 
 import copy
+import importlib
 import inspect
 import re
 import weakref
@@ -65,7 +65,7 @@ class Trajectories:
         return self._each(lambda x: x.to(device))
 
     def _each(self, function):
-        """A copy with the function of each tensor; what a subclass or a credit method has attached comes along."""
+        """A copy with the function of each tensor, of those too that a subclass or a credit method has added."""
         other = copy.copy(self)
         for name, x in vars(self).items():
             if isinstance(x, dict):
@@ -74,35 +74,19 @@ class Trajectories:
         return other
 
     def parts(self, size):
-        """(rows, those rows) of at most `size` rows of like length, so there is little padding."""
+        """(rows, those rows), at most `size` of like length at a time, so there is little padding."""
         for rows in self.lengths.argsort(stable=True).split(size):
             yield rows, self.select(rows)
 
-
-def in_parts(function, trajectories, size):
-    """function(part) -> tensors [b, T'] of micro-batches, put together as [B, T]."""
-    whole = None
-    for rows, part in trajectories.parts(size):
-        made = function(part)
-        whole = whole or [torch.zeros(trajectories.ids.shape, dtype=torch.float32, device=x.device) for x in made]
-        for total, x in zip(whole, made):
-            total[rows, :x.shape[1]] = x
-    return whole
-
-
-def describe(played):
-    """Plain facts of a batch of trajectories, for the log."""
-    sampled = played.turn_ids >= 0
-    tokens, action, turns = int(sampled.sum()), int(played.action_mask.sum()), int(played.turns.sum())
-    think = played.logprobs[sampled & ~played.action_mask]
-    return {"return": played.returns.mean().item(), "success": played.success.float().mean().item(),
-            "format_valid": float((played.valid * played.turns).sum() / turns), "turns": turns / len(played),
-            "think_tokens": (tokens - action) / turns, "action_tokens": action / turns, "action_fraction": action / tokens,
-            "think_nll": -think.mean().item() if len(think) else None, "generated_tokens": tokens,
-            **{name: x.mean().item() for name, x in played.outcome.items()}}
-
-
-# Text and tokens ------------------------------------------------------------------------------------------------------
+    def in_parts(self, function, size):
+        """function(part) -> tensors [b, T'], of micro-batches of `size` -> those tensors [B, T]."""
+        whole = None
+        for rows, part in self.parts(size):
+            made = function(part)
+            whole = whole or [torch.zeros(self.ids.shape, dtype=torch.float32, device=x.device) for x in made]
+            for total, x in zip(whole, made):
+                total[rows, :x.shape[1]] = x
+        return whole
 
 
 class Chat:
@@ -112,12 +96,13 @@ class Chat:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("model: the tokenizer has no chat template: use an instruction-tuned model")
         self.tokenizer, self.system = tokenizer, [{"role": "system", "content": system_prompt}]
-        self.stop_ids = {tokenizer.eos_token_id, *stop_ids}  # what ends a response: the first closes a turn of the template
+        self.stop_ids = {tokenizer.eos_token_id, *stop_ids}  # what ends a response
         self.pieces = {}  # id -> its text
 
     def _encode(self, messages, after=None):
+        messages = self.system + messages
         try:
-            text = self.tokenizer.apply_chat_template(self.system + messages, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:  # some know no system role, say
             raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from None
         if after is not None:
@@ -150,7 +135,8 @@ class Chat:
         if "".join(self.pieces[i] for i in ids) == text:
             ends = list(accumulate(len(self.pieces[i]) for i in ids))
             return list(zip([0, *ends[:-1]], ends))
-        # A token's text depends on its neighbours: decode every prefix. An unfinished character shows as U+FFFD, no text yet.
+        # A token's text depends on its neighbours: decode every prefix. An unfinished character shows as U+FFFD, no
+        # text yet.
         ends = [len(self.text(ids[: n + 1]).rstrip("\ufffd")) for n in range(len(ids))]
         return [(start, max(end, start + 1)) for start, end in zip([0, *ends[:-1]], ends)]
 
@@ -162,7 +148,7 @@ class Chat:
 
 
 class Transcript:
-    """One episode as it grows: the ids so far and what is known of each. A subclass may keep `notes` for a credit method."""
+    """One episode as it grows: its ids and what is known of each. A subclass may keep `notes` for a credit method."""
 
     def __init__(self, chat, env, seed, max_context, max_response_tokens):
         self.chat, self.env, self.seed, self.max_length = chat, env, int(seed), max_context - max_response_tokens
@@ -171,8 +157,8 @@ class Transcript:
         self.observation, _ = env.reset(seed=seed)
         self._append(chat.opening(self.observation))
         if len(self.ids) > self.max_length:
-            raise ValueError(f"the first prompt has {len(self.ids)} tokens: with {max_response_tokens} for the response it "
-                             f"does not fit a context of {max_context}")
+            raise ValueError(f"the first prompt has {len(self.ids)} tokens: with {max_response_tokens} for the "
+                             f"response it does not fit a context of {max_context}")
 
     def _append(self, ids, turn=-1, action=None, logprobs=None):
         self.ids += ids
@@ -202,10 +188,11 @@ class Transcript:
         return self.chat.bridge(self.observation, ended=self.ids[-1] == self.chat.tokenizer.eos_token_id)
 
 
-def pack(transcripts, pad_id):
-    """Transcripts -> Trajectories."""
+def pack(transcripts, pad_id=0):
+    """Transcripts -> Trajectories. The padding is never read, but has to be an id that every model knows."""
     def column(values, pad, dtype=None):
-        return nn.utils.rnn.pad_sequence([torch.tensor(x, dtype=dtype) for x in values], batch_first=True, padding_value=pad)
+        values = [torch.tensor(x, dtype=dtype) for x in values]
+        return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=pad)
     turn_ids = column([t.turn_ids for t in transcripts], -1)
     outcomes = [t.env.outcome() for t in transcripts]
     return Trajectories(
@@ -221,28 +208,20 @@ def pack(transcripts, pad_id):
         notes=[t.notes for t in transcripts])
 
 
-# Sampling -------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, generator, max_context=None,
             transcript=Transcript):
     """Play one episode in each of envs -> Trajectories, in their order, on the CPU.
 
-    model: Hugging Face causal LM; tokenizer: its tokenizer, with a chat template. envs: B environments, envs[i] is reset with
-    seeds[i]: equal seeds give the G rollouts of a group the same instance. temperature > 0, for sampling and for `logprobs`;
-    the distribution is not truncated (no top-k, no top-p), so the log-probs are the policy's. max_response_tokens: a longer
-    response is cut, and lacks its end-of-turn token. generator: torch.Generator on the model's device. max_context: an episode
-    ends where the next turn might not fit; the model's own limit by default. transcript: the class that records an episode.
-    FloatingPointError: logits that are not finite.
+    envs[i] is reset with seeds[i]: equal seeds give the G rollouts of a group the same instance. temperature > 0, for
+    sampling and for `logprobs`; the distribution is not truncated (no top-k, no top-p), so these are the policy's.
+    max_response_tokens: a longer response is cut, and lacks its end-of-turn token. generator: torch.Generator on the
+    model's device. max_context: an episode ends where the next turn might not fit; the model's own limit by default.
+    transcript: the class that records an episode. FloatingPointError: logits that are not finite.
     """
     transcripts = begin(model, tokenizer, envs, seeds, max_response_tokens, max_context, transcript)
     play(model, transcripts, temperature, max_response_tokens, generator)
-    return pack(transcripts, pad_id(tokenizer))
-
-
-def pad_id(tokenizer):
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return pack(transcripts)
 
 
 def begin(model, tokenizer, envs, seeds, max_response_tokens, max_context=None, transcript=Transcript):
@@ -269,8 +248,9 @@ def play(model, transcripts, temperature, max_response_tokens, generator):
     try:
         decoder, playing = Decoder(model), range(len(transcripts))
         while playing:
-            responses = sample_turn(decoder, {row: transcripts[row].ids for row in playing}, transcripts[0].chat.stop_ids,
-                                    temperature, max_response_tokens, generator)
+            texts = {row: transcripts[row].ids for row in playing}
+            responses = sample_turn(decoder, texts, transcripts[0].chat.stop_ids, temperature, max_response_tokens,
+                                    generator)
             playing = [row for row in playing if transcripts[row].respond(*responses[row])]
     finally:
         model.train(was_training)
@@ -281,15 +261,16 @@ def sample(logits, temperature, generator):
     logprobs = torch.log_softmax(logits / temperature, -1)
     if torch.isnan(logprobs).any():
         raise FloatingPointError("the model's logits are not finite")
-    # The inverse of the distribution function: torch.multinomial draws a number for every word, a tenth of a rollout's time.
+    # The inverse of the distribution function: torch.multinomial draws a number a word, a tenth of a rollout's time.
     below = logprobs.double().exp().cumsum(-1)  # [rows, V]
-    drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator) * below[:, -1:]
-    token = torch.searchsorted(below, drawn, right=True).clamp(max=logits.shape[-1] - 1)  # right: never a word of mass 0
+    drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
+    token = torch.searchsorted(below, drawn * below[:, -1:], right=True)  # right: never a word of mass 0
+    token = token.clamp(max=logits.shape[-1] - 1)
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
 def sample_turn(decoder, texts, stop_ids, temperature, max_tokens, generator):
-    """One response to each text, {row: its ids so far} -> {row: (ids, log-probs)}, ended by a stop id or by max_tokens."""
+    """A response to each text, {row: its ids so far} -> {row: (ids, log-probs)}, ended by a stop id or max_tokens."""
     logits, drawn = decoder.begin(texts, max_tokens), []
     stops = torch.tensor(sorted(stop_ids), device=logits.device)
     running = torch.ones(len(texts), dtype=torch.bool, device=logits.device)
@@ -301,14 +282,15 @@ def sample_turn(decoder, texts, stop_ids, temperature, max_tokens, generator):
         running &= ~torch.isin(tokens, stops)
         if len(drawn) == max_tokens or not running.any():
             break
-        logits = decoder.feed(tokens[:, None])  # rows that are done go on unread: what they add is cut off in the next turn
+        logits = decoder.feed(tokens[:, None])  # rows that are done go on: what they add is dropped in the next turn
     tokens, logprobs = (torch.stack(x, 1).tolist() for x in zip(*drawn))  # [rows, steps]
-    decoder.cached = {row: len(texts[row]) + n - 1 for row, n in zip(texts, lengths.tolist())}  # the last one was not fed
-    return {row: (tokens[i][:n], logprobs[i][:n]) for i, (row, n) in enumerate(zip(texts, lengths.tolist()))}
+    lengths = lengths.tolist()
+    decoder.cached = {row: len(texts[row]) + n - 1 for row, n in zip(texts, lengths)}  # the last one was not fed
+    return {row: (t[:n], p[:n]) for row, t, p, n in zip(texts, tokens, logprobs, lengths)}
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's keys and values with room for the columns of a turn: a decode step writes its own and copies nothing."""
+    """A layer's keys and values with room for a turn's columns: a decode step writes its own and copies nothing."""
 
     def __init__(self, decoder):
         super().__init__()
@@ -337,19 +319,20 @@ class RoomyLayer(DynamicLayer):
 
 
 class Decoder:
-    """A model with its key-value cache. Rows are padded on the left alone, so that in the cache, as in the text, a token stands
-    right after the one before it: whatever the library's masks count, windows too, they count right."""
+    """A model with its key-value cache. Rows are padded on the left alone, so that in the cache, as in the text, a
+    token stands right after the one before it: whatever the library's masks count, windows too, they count right."""
 
     def __init__(self, model):
         self.model, self.rows, self.cached, self.used = model, [], {}, 0  # row numbers; ids of a row; columns in use
-        self.cache = Cache(layer_class_to_replicate=partial(RoomyLayer, weakref.proxy(self)))  # no cycle: memory goes at once
-        # transformers 5.24 renamed the argument
-        self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        itself = weakref.proxy(self)  # no cycle: memory goes at once
+        self.cache = Cache(layer_class_to_replicate=partial(RoomyLayer, itself))
+        renamed = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.24
+        self.cache_name = "cache" if renamed else "past_key_values"
 
     def begin(self, texts, room):
-        """Feed what is new of each text, {row: all its ids}, with room for more columns -> logits after the last [rows, V].
+        """Feed what is new of each text, {row: all its ids}, with room for more -> logits after the last [rows, V].
 
-        Where one row has more new ids than another, the other's last ones are fed again: so nothing in between is padding.
+        Where one row has more new ids than another, the other's last ones are fed again: nothing in between is padding.
         """
         device, rows = self.model.device, list(texts)
         lengths = torch.tensor([len(texts[row]) for row in rows], device=device)
@@ -357,12 +340,13 @@ class Decoder:
         held = max(int(lengths.max()) - width, 0)  # columns that stay: all but the last `width` ids of each row
         if self.used:
             places = torch.tensor([self.rows.index(row) for row in rows], device=device)
-            columns = self.padding[places, None] + torch.arange(held, device=device) + (lengths - width - held)[:, None]
+            columns = torch.arange(held, device=device) + (self.padding[places] + lengths - width - held)[:, None]
             for layer in self.cache.layers:
                 layer.keep(places, columns.clamp(min=0), width + room)
         self.rows, self.used, self.padding = rows, held, held + width - lengths
         self.mask = torch.arange(held + width + room, device=device) >= self.padding[:, None]  # [rows, columns]
-        return self.feed(torch.tensor([[0] * (width - len(texts[row])) + texts[row][-width:] for row in rows], device=device))
+        ids = [[0] * (width - len(texts[row])) + texts[row][-width:] for row in rows]
+        return self.feed(torch.tensor(ids, device=device))
 
     def feed(self, ids):
         """Append ids [rows, c] -> float32 logits after the last, [rows, V]."""
@@ -372,9 +356,6 @@ class Decoder:
                          logits_to_keep=1, **{self.cache_name: self.cache})
         self.used = end
         return out.logits[:, -1].float()
-
-
-# Any agent ------------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path):
@@ -387,27 +368,20 @@ def load_tokenizer(path):
 def load_agent(path, device):
     """(model in float32, tokenizer) from a directory or a Hugging Face id.
 
-    ValueError, in one line: it cannot be loaded, its chat template does not fit, or `score` would be wrong for it.
+    ValueError, in one line: it cannot be loaded, or would be played or scored wrongly (extras/guard.py).
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(device)
+        for module in model.eval().modules():  # with dropout, the policy would be compared with another draw of itself
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if getattr(module, "attention_dropout", 0.0):
+                module.attention_dropout = 0.0
         tokenizer = load_tokenizer(path)
+        importlib.import_module("extras.guard").check_agent(model, tokenizer)
     except Exception as error:  # no such directory, no network, a damaged file: each library raises its own
-        raise ValueError(f"model: cannot load {path!r}: {str(error).strip().splitlines()[0]}") from None
-    chat = Chat(tokenizer, "")
-    if chat.text(chat.bridge("", ended=True)).rstrip().endswith("<think>"):
-        raise ValueError(f"model: the chat template of {path!r} opens the reasoning itself, so every response would lack the tag")
-    for module in model.modules():  # with dropout, the ratio would compare the policy with another draw of itself
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if getattr(module, "attention_dropout", 0.0):
-            module.attention_dropout = 0.0
-    ids = torch.arange(8, device=device)[None]  # [1, 8]
-    everywhere = torch.arange(8, device=device)[None] > 0
-    with torch.no_grad():
-        logsumexp = torch.logsumexp(model(ids).logits.float(), -1)[:, :-1]
-        if not torch.allclose(score(model, ids, everywhere).logsumexp[:, 1:], logsumexp, atol=1e-2):
-            raise ValueError(f"model: the logits of {path!r} are more than its output embedding of the last hidden state")
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"model: cannot use {str(path)!r}: {reason}") from None
     return model, tokenizer
 
 

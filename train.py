@@ -1,17 +1,17 @@
 """Train a language-model agent with PPO and GRPO, under uniform credit and under ActFocus, and compare.
 
-    python train.py                                   # four arms on Sokoban, a built-in agent, one machine, no downloads
+    python train.py                                   # four arms on Sokoban, a built-in agent, no downloads
     python train.py --seeds 0 1 2                     # three seeds: what a claim needs
     python train.py --env frozenlake --algos grpo     # `--help` lists every setting with its default
     python train.py --algos grpo --credits uniform actfocus carl carl+actfocus        # beside a rival
 
-An arm is one (algorithm, credit, seed), and `Arm.step` one step of its training: play P boards G times (rollout.py), keep
-the groups with the largest spread, score their tokens under the old policy and the frozen reference, turn returns into
-advantages and energies into weights (actfocus.py), update on minibatches. All arms of a seed start from the same agent and
-see the same boards.
+An arm is one (algorithm, credit, seed), and `Arm.step` one step of its training: play P boards G times (rollout.py),
+keep the groups with the largest spread, score their tokens under the old policy and the frozen reference, turn returns
+into advantages and energies into weights (actfocus.py), update on minibatches. All arms of a seed start from the same
+agent and see the same boards.
 
-The output directory gets metrics.jsonl (a line for each step of each arm) and summary.json, and in arms/ the log and the last
-checkpoint of each arm, from which `--resume` goes on to the same metrics as if nothing had happened.
+The output directory gets metrics.jsonl (a line for each step of each arm) and summary.json, and in arms/ the log and
+the last checkpoint of each arm, from which `--resume` goes on to the same metrics as if nothing had happened.
 """
 
 import copy
@@ -19,7 +19,6 @@ import functools
 import importlib
 import json
 import math
-import signal
 import sys
 import time
 from collections import Counter
@@ -30,16 +29,15 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from tqdm import tqdm
 
 import env as environments
 from actfocus import CREDITS, SIGNALS, Critic, gae, make_credit, token_logprobs, variance_filter, weighted_policy_loss
 from kernels import score, score_logits
-from rollout import Trajectories, describe, in_parts, load_agent, rollout
+from rollout import Trajectories, load_agent, rollout
 
 transformers.utils.logging.disable_progress_bar()  # a bar for every loaded file would drown ours
-AGENTS = Path(__file__).resolve().parent / "extras" / "agents"  # the built-in ones: `python -m extras.agent` taught them
-# What differs from the defaults below: the paper's filter is off on FrozenLake (under GRPO) and in the shop; Sudoku is wordy.
+AGENTS = Path(__file__).resolve().parent / "extras" / "agents"  # the built-in ones, taught by `python -m extras.agent`
+# What differs from the defaults: the paper's filter is off on FrozenLake (under GRPO) and in the shop; Sudoku is wordy.
 DEFAULTS = {"frozenlake": {"keep": 1.0}, "shop": {"keep": 1.0}, "sudoku": {"max_response_tokens": 140}}
 EVALUATION_SEED, VALIDATION_SEED = 1_000_000_000, 2_000_000_000  # training boards are drawn from below both
 EVAL_TEMPERATURE = 0.5  # as in the paper
@@ -52,9 +50,6 @@ def extra(name):
     return importlib.import_module(f"extras.{name}")
 
 
-# Settings -------------------------------------------------------------------------------------------------------------
-
-
 def setting(default, help, low=0, high=sys.float_info.max, choices=None):
     """A field of Settings: its comment is its --help text, its bounds are checked."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
@@ -65,11 +60,11 @@ class Settings:
     """Everything that decides a run. Where the paper's value differs from the default, the text names it."""
 
     env: str = setting("sokoban", f"environment: {', '.join(environments.ENVS)}, or module:Class")
-    env_options: tuple[str, ...] = setting((), "options of the environment, KEY=VALUE (default: the built-in agent's own boards)")
-    model: str = setting("tiny", "'tiny' (built in) or a Hugging Face id or directory (paper: Qwen2.5 0.5B to 3B Instruct)")
+    env_options: tuple[str, ...] = setting((), "its options, KEY=VALUE (default: the built-in agent's own boards)")
+    model: str = setting("tiny", "'tiny' (built in) or a Hugging Face id or directory (paper: Qwen2.5 Instruct)")
     algos: tuple[str, ...] = setting(("ppo", "grpo"), "algorithms to compare", choices=("ppo", "grpo"))
-    credits: tuple[str, ...] = setting(("uniform", "actfocus"), f"any of {', '.join(CREDITS)}, or two joined by +, each with "
-                                       "settings of its own if wanted: actfocus:alpha=0.3,lr=3e-5")
+    credits: tuple[str, ...] = setting(("uniform", "actfocus"), f"any of {', '.join(CREDITS)}, or two joined by +, "
+                                       "each with settings of its own if wanted: actfocus:alpha=0.3,lr=3e-5")
     seeds: tuple[int, ...] = setting((0,), "seeds, one arm each for every algorithm and credit", 0, 2**63 - 1)
     out: str = setting("runs/latest", "output directory")
     # the method
@@ -80,7 +75,7 @@ class Settings:
     steps: int = setting(60, "rollout-update iterations (paper 200)", 0)
     prompts: int = setting(8, "boards a step, P", 1)
     rollouts: int = setting(16, "trajectories a board, G", 2)
-    keep: float = setting(0.25, "share of the groups kept, those with the largest spread of returns; 1: no filter", 0.01, 1)
+    keep: float = setting(0.25, "share of the groups kept, those with the largest spread; 1: no filter", 0.01, 1)
     minibatch: int = setting(32, "trajectories an optimiser update; a step's batch is passed through once", 1)
     micro_batch: int = setting(16, "trajectories a forward pass; changes memory and speed, not the result", 1)
     lr: float = setting(1e-4, "Adam's learning rate of the policy (paper 1e-6, for models a thousand times larger)", 0)
@@ -94,13 +89,13 @@ class Settings:
     temperature: float = setting(1.0, "of the training rollouts", 0.01)
     max_response_tokens: int = setting(100, "length at which a response is cut (paper 400)", 1)
     # evaluation
-    eval_every: int = setting(10, "steps between evaluations and checkpoints; also before the first and after the last", 1)
+    eval_every: int = setting(10, "steps between evaluations and checkpoints; also at the start and the end", 1)
     eval_boards: int = setting(64, "fixed boards, never trained on (paper 32)", 1)
     eval_rollouts: int = setting(4, "trajectories a board (paper 16)", 1)
     boards: str = setting("evaluation", "choose settings on validation boards", choices=("evaluation", "validation"))
     # the machine
     device: str = setting("auto", "auto, cpu or cuda; on a GPU, forward passes compute in bfloat16")
-    gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass: less memory, a third more time")
+    gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time")
     jobs: int = setting(0, "arms trained side by side; 0: one a CPU core, 1 on a GPU", 0)
 
     def __post_init__(self):
@@ -127,9 +122,11 @@ class Settings:
         """Directory, or Hugging Face id, of the agent that training starts from."""
         return self.model if self.model != "tiny" else str(AGENTS / self.env)
 
-    def make_env(self):
-        taught = Path(self.agent) / "env.json"  # the boards that the built-in agent knows
-        options = json.loads(taught.read_text()) if self.model == "tiny" and not self.env_options and taught.exists() else {}
+    def board_options(self):
+        """Options of the environment: the given ones, or else those of the boards that the built-in agent knows."""
+        taught, options = Path(self.agent) / "env.json", {}
+        if self.model == "tiny" and not self.env_options and taught.exists():
+            return json.loads(taught.read_text())
         for option in self.env_options:
             key, equals, text = option.partition("=")
             if not equals:
@@ -138,7 +135,10 @@ class Settings:
                 options[key] = json.loads(text)
             except json.JSONDecodeError:
                 options[key] = text
-        return environments.make(self.env, **{"response_limit": self.max_response_tokens, **options})
+        return options
+
+    def make_env(self):
+        return environments.make(self.env, **{"response_limit": self.max_response_tokens, **self.board_options()})
 
     @functools.cached_property
     def torch_device(self):
@@ -149,20 +149,13 @@ class Settings:
         torch.empty(0, device=device)  # fails here where there is no such device
         return device
 
-    @property
-    def half(self):
-        """Whether forward passes compute in bfloat16. Weights and Adam's state never do: a rate of 1e-6 would round to nothing."""
-        return self.torch_device.type == "cuda"
-
     def autocast(self):
-        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.half)
+        """The context of forward passes. Weights and Adam's state stay float32: a rate of 1e-6 would round to nothing."""
+        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.torch_device.type == "cuda")
 
     def evaluation_seeds(self):
         start = EVALUATION_SEED if self.boards == "evaluation" else VALIDATION_SEED
         return range(start, start + self.eval_boards)
-
-
-# One arm --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -191,16 +184,17 @@ class Arm:
         self.policy, self.tokenizer = load_agent(s.agent, s.torch_device)
         self.agent = extra("runs").fingerprint(self.policy, self.tokenizer)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
-        if s.half:  # it is never updated, so nothing is lost below bfloat16
+        if s.torch_device.type == "cuda":  # it is never updated, so nothing is lost below bfloat16
             self.reference.bfloat16()
         if s.gradient_checkpointing:
-            new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # renamed within transformers 5
+            new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # renamed in transformers 5
             getattr(self.policy, new if hasattr(self.policy, new) else old)({"use_reentrant": False})
-            self.policy.train()  # transformers checkpoints in this mode only; there is no dropout that it could switch on
+            self.policy.train()  # the only mode in which transformers checkpoints; there is no dropout to switch on
         self.critic = Critic(self.policy) if algo == "ppo" else None
         self.optimizers = [torch.optim.Adam(self.policy.parameters(), s.lr, betas=(0.9, 0.999))]
         if self.critic:
             self.optimizers.append(torch.optim.Adam(self.critic.parameters(), s.critic_lr, betas=(0.9, 0.999)))
+        self.learners = [self.policy, *self.optimizers, *filter(None, [self.critic])]  # what a checkpoint holds
         self.env = s.make_env()
         self.held_out = {self.env.reset(seed=seed)[0] for seed in s.evaluation_seeds()}
         self.rng = np.random.default_rng(seed)  # boards and minibatches
@@ -216,10 +210,10 @@ class Arm:
 
     def step(self):
         """One step of training -> metrics."""
-        started, s = time.perf_counter(), self.settings
+        started, s, log = time.perf_counter(), self.settings, extra("metrics")
         boards = environments.draw_boards(self.env, self.rng, s.prompts, EVALUATION_SEED, self.held_out)
         played = self.credit.play(self, boards)  # P * G episodes
-        metrics = describe(played) | {"rollout_seconds": time.perf_counter() - started, "updates": 0}
+        metrics = log.describe(played) | {"rollout_seconds": time.perf_counter() - started, "updates": 0}
         chosen = self.credit.filter(played)
         if len(chosen):  # else there is nothing to learn from: every group got one return
             batch, totals = self.score(chosen), Counter()
@@ -228,7 +222,7 @@ class Arm:
             order = torch.from_numpy(self.rng.permutation(len(batch))).to(batch.ids.device)
             for rows in order.split(s.minibatch):
                 totals.update(self.update(self.gradient(batch.select(rows))))
-            metrics |= measure(batch, totals)
+            metrics |= log.measure(batch, totals)
         returns = played.returns.view(s.prompts, -1)  # [P, G]
         return metrics | {"zero_spread_groups": s.prompts - len(variance_filter(returns, keep=1)),
                           "kept_groups": len(chosen.seeds.unique()), "seconds": time.perf_counter() - started,
@@ -240,7 +234,7 @@ class Arm:
         s = self.settings
 
         def fixed(part):
-            # Not the sampler's log-probs: the same forward pass for old and new makes the first ratio 1 in any precision.
+            # Not the sampler's: the same forward pass for old and new makes the first ratio 1 in any precision.
             old = score(self.policy, part.ids, part.response_mask, s.temperature)
             of_reference = score_logits(self.reference, part.ids, part.response_mask, old.logprobs, SIGNALS["energy"],
                                         SIGNALS[s.signal], lambda logits, targets, _: token_logprobs(logits, targets))
@@ -248,7 +242,7 @@ class Arm:
             return old.logprobs, old.entropy, *of_reference, values
         chosen = chosen.to(s.torch_device)
         with s.autocast():
-            batch = Batch(*vars(chosen).values(), *in_parts(fixed, chosen, self.micro_batch))
+            batch = Batch(*vars(chosen).values(), *chosen.in_parts(fixed, self.micro_batch))
         if self.critic:
             mask = batch.response_mask
             last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # the return is paid on the last response token
@@ -271,20 +265,23 @@ class Arm:
 
     def loss(self, part, minibatch):
         """A micro-batch's share of its minibatch's loss -> (loss, hidden[N, H], sums for the log)."""
-        s, trained, tokens = self.settings, part.weights > 0, (minibatch.weights > 0).sum()
+        s, trained, tokens = self.settings, part.weights > 0, (minibatch.weights > 0).sum().clamp(min=1)
         new = score(self.policy, part.ids, part.response_mask, s.temperature)
         logprobs, clip_low, clip_high = self.credit.ratio(new.logprobs, part)
-        loss, stats = weighted_policy_loss(logprobs, part.old_logprobs, part.advantages, part.weights, clip_low=clip_low,
-                                           clip_high=clip_high, weight_sum=self.credit.normaliser(minibatch))
-        log = {name: value * trained.sum() for name, value in stats.items()} | {"policy_loss": loss.detach(), "n": trained.sum()}
+        loss, stats = weighted_policy_loss(logprobs, part.old_logprobs, part.advantages, part.weights,
+                                           clip_low=clip_low, clip_high=clip_high,
+                                           weight_sum=self.credit.normaliser(minibatch))
+        log = {name: value * trained.sum() for name, value in stats.items()}
+        log |= {"policy_loss": loss.detach(), "n": trained.sum()}
         loss = loss - s.entropy_coef * new.entropy[trained].sum() / tokens
         if s.kl_coef:
-            # Squared log-ratio / 2: unlike k1 (the paper's), its gradient on the policy's own samples is that of the KL.
+            # Squared log-ratio / 2: unlike the paper's k1, its gradient on the policy's own samples is the KL's.
             loss = loss + s.kl_coef * 0.5 * (new.logprobs - part.ref_logprobs)[trained].square().sum() / tokens
         if self.critic:
             values, old, target = self.critic(part.ids, part.response_mask), part.old_values, part.value_targets
             clipped = old + (values - old).clamp(-VALUE_CLIP, VALUE_CLIP)
-            value_loss = 0.5 * torch.maximum((values - target) ** 2, (clipped - target) ** 2).sum() / tokens
+            error = torch.maximum((values - target) ** 2, (clipped - target) ** 2).sum()
+            value_loss = 0.5 * error / minibatch.response_mask.sum()
             log["value_loss"] = value_loss.detach()
             loss = loss + value_loss
         return loss, new.hidden, log
@@ -310,23 +307,21 @@ class Arm:
                            torch.Generator(s.torch_device).manual_seed(0))
         wins = played.success.view(s.eval_boards, s.eval_rollouts).float().mean(1)  # [boards]
         said = extra("facts").accuracy(played, self.tokenizer, self.env)  # is the reasoning true?
-        return {f"eval_{name}": x for name, x in (describe(played) | said).items()} | {"eval_board_success": wins.tolist()}
+        metrics = extra("metrics").describe(played) | said | {"board_success": wins.tolist()}
+        return {f"eval_{name}": x for name, x in metrics.items()}
 
     def forget_gradients(self):
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def learners(self):
-        return [self.policy, *self.optimizers, *([self.critic] if self.critic else [])]
-
     def state_dict(self):
         """Everything that a step changes, for a checkpoint."""
-        return {"learners": [x.state_dict() for x in self.learners()], "bad_updates": self.bad_updates,
+        return {"learners": [x.state_dict() for x in self.learners], "bad_updates": self.bad_updates,
                 "micro_batch": self.micro_batch, "rng": json.dumps(self.rng.bit_generator.state),
                 "generator": self.generator.get_state(), "torch_rng": torch.get_rng_state()}
 
     def load_state_dict(self, saved):
-        for x, state in zip(self.learners(), saved["learners"]):
+        for x, state in zip(self.learners, saved["learners"]):
             x.load_state_dict(state)
         self.bad_updates, self.micro_batch = saved["bad_updates"], saved["micro_batch"]
         self.rng.bit_generator.state = json.loads(saved["rng"])
@@ -334,77 +329,35 @@ class Arm:
         torch.set_rng_state(saved["torch_rng"].cpu())
 
 
-def measure(batch, totals):
-    """Metrics of a step's updates, from sums over updates and tokens."""
-    mask, action, n, updates = batch.response_mask, batch.action_mask, max(totals["n"], 1), max(totals["updates"], 1)
-    mean = lambda values: float(values.mean()) if len(values) else None
-    out = {name: totals[name] for name in ("updates", "skipped_updates")} | {"updated_tokens": int(totals["n"])}
-    out |= {name: totals[name] / updates for name in ("policy_loss", "grad_norm")}
-    out |= {name: totals[name] / n for name in ("approx_kl", "clip_fraction", "ratio_mean")}
-    out |= {"think_entropy": mean(batch.old_entropy[mask & ~action]), "action_entropy": mean(batch.old_entropy[action]),
-            "action_energy": mean(batch.energy[action]),
-            "weight_share_action": float(batch.weights[action].sum() / batch.weights.sum()),
-            "grad_share_action": totals["grad_action"] / max(totals["grad_all"], 1e-30)}
-    if batch.value_targets is not None:
-        error, variance = (batch.value_targets - batch.old_values)[mask].var(), float(batch.value_targets[mask].var())
-        out |= {"value_loss": totals["value_loss"] / updates,
-                "explained_variance": 1 - float(error) / variance if variance > 0 else None}
-    return out
-
-
 def train_arm(settings, algo, credit, seed):
     """Train one arm, from its checkpoint where there is one."""
-    arm, files = Arm(settings, algo, credit, seed), extra("runs").ArmFiles(settings.out, algo, credit, seed)
-    for step in range(files.restore(arm), settings.steps + 1):
-        line, last = {"algo": algo, "credit": credit, "seed": seed, "step": step}, step == settings.steps
-        evaluating = step % settings.eval_every == 0 or last
+    runs, s = extra("runs"), settings
+    arm, files = Arm(s, algo, credit, seed), runs.ArmFiles(s.out, algo, credit, seed)
+    arm.score, arm.gradient = runs.saving_memory(arm, arm.score), runs.saving_memory(arm, arm.gradient)
+    for step in range(files.restore(arm), s.steps + 1):
+        line, evaluating = {"algo": algo, "credit": credit, "seed": seed, "step": step}, step % s.eval_every == 0
         try:
-            line |= (arm.step() if step else {}) | (arm.evaluate() if evaluating else {})
+            line |= arm.step() if step else {}
+            line |= arm.evaluate() if evaluating or step == s.steps else {}
         except FloatingPointError as error:
-            raise ValueError(f"{algo} {credit} seed {seed}, step {step}: {error}; checkpoints are in {settings.out}/arms") from None
-        if files.record(line, arm, checkpoint=evaluating):
-            break
-
-
-def compare(settings, agent):
-    """Run all arms, or what is left of them, and write the output directory."""
-    out, started, s, runs = Path(settings.out), time.perf_counter(), settings, extra("runs")
-    arms = [(algo, credit, seed) for seed in s.seeds for algo in s.algos for credit in s.credits]
-    shown = {name: f"eval_{name}" for name in s.make_env().reset(seed=0)[1]} | {"valid": "eval_format_valid"}
-    with tqdm(total=len(arms) * (s.steps + 1), desc=f"{len(arms)} arms", unit="step", smoothing=0.05) as bar, \
-            open(out / "metrics.jsonl", "w") as file:
-        def report(line):
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            if "eval_success" in line:
-                bar.write(f"{line['algo']:<4} {line['credit']:<8} seed {line['seed']}  step {line['step']:>3}  "
-                          + "  ".join(f"{name} {100 * line[key]:5.1f} %" for name, key in shown.items()))
-            bar.update()
-        runs.run_arms(train_arm, s, arms, report)
-    # Arms that ran side by side have mixed their lines; in the end an arm's lines stand together.
-    logs = [runs.ArmFiles(out, *arm).lines() for arm in arms]
-    runs.write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for lines in logs for line in lines))
-    if not runs.received:
-        extra("report").conclude(s, agent, logs, minutes=(time.perf_counter() - started) / 60)
+            raise ValueError(f"{algo} {credit} seed {seed}, step {step}: {error}; its checkpoint, if there was one, is "
+                             f"{files.checkpoint}") from None
+        if files.record(line, arm, checkpoint=evaluating or step == s.steps):
+            return
 
 
 def main(arguments=None):
     parser, runs = extra("options").SettingsParser("train.py", description=__doc__.split("\n\n")[0]), extra("runs")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same --out and settings")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same --out")
     settings, options = parser.parse_settings(arguments)
     try:
-        agent = runs.fingerprint(*load_agent(settings.agent, "cpu"))  # an agent that cannot be used is refused here
-        _lock = runs.begin(settings, agent, options.resume)
-    except (ValueError, OSError, RuntimeError) as error:
+        agent, _lock = runs.begin(settings, options.resume)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, runs.on_signal)
     try:
-        compare(settings, agent)
+        runs.compare(train_arm, settings, agent)
     except (OSError, ValueError) as error:  # numbers gone bad; a full disk, a directory that went away
         sys.exit(f"train.py: {error}")
-    if runs.received:
-        sys.exit(128 + runs.received[0])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The built-in agents: a small Qwen2 with its own tokenizer, taught a game and then to play it badly.
 
-    python -m extras.agent sokoban                      # teach it anew, into extras/agents/sokoban (minutes)
-    python -m extras.agent sokoban --plan-in think --out DIR        # one that decides while it reasons; then --model DIR
-    python -m extras.agent mygame:Game --out DIR        # an environment of your own, as module:Class
+    python -m extras.agent sokoban                      # teach it anew, into extras/agents/sokoban (minutes) python -m
+    extras.agent sokoban --plan-in think --out DIR        # one that decides while it reasons; then --model DIR python
+    -m extras.agent mygame:Game --out DIR        # an environment of your own, as module:Class
 
-The two stages matter: an agent that is weak because it never learnt the game has nothing that reinforcement could bring out.
-This one knows the game (stage 1, an oracle's moves with some noise) and plays it badly (stage 2, poor demonstrations), as an
-instruction-tuned model does. The shipped ones were taught once: on another machine the same command gives another agent.
+The two stages matter: an agent that is weak because it never learnt the game has nothing that reinforcement could bring
+out. This one knows the game (stage 1, an oracle's moves with some noise) and plays it badly (stage 2, poor
+demonstrations), as an instruction-tuned model does. The shipped ones were taught once: on another machine the same
+command gives another agent.
 """
 
 import argparse
@@ -33,8 +34,6 @@ TAUGHT = {"sokoban": ({"walls": 0, "min_moves": 2, "max_moves": 6, "max_turns": 
           "frozenlake": ({}, {"worse_noise": 0.95}),
           "sudoku": ({"hint": True, "max_turns": 4, "max_actions": 8}, {"worse_noise": 0.3}),  # mistakes are hard to mend
           "shop": ({"products": 60, "page": 3}, {"noise": 0.1, "worse_noise": 0.6, "episodes": 2000})}
-
-
 CHAT_TEMPLATE = (  # the shape of Qwen2.5's
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -44,8 +43,8 @@ WORDS = r" ?[A-Z]?[a-z]+| ?\d| ?\|\||[:.]\n|\s|[^\s]"  # board symbols and digit
 def tiny_tokenizer(texts, phrases=()):
     """A small byte-level tokenizer whose vocabulary is the words of `texts`; any other text falls back to bytes.
 
-    phrases: strings that become one token each. The instructions that open every prompt are the same in every episode, so a
-    model trained on one environment need not spell them out.
+    phrases: strings that become one token each. The instructions that open every prompt are the same in every episode,
+    so a model trained on one environment need not spell them out.
     """
     splitter = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
                                         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -62,11 +61,14 @@ def tiny_tokenizer(texts, phrases=()):
                                    chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
 
 
-def tiny_model(tokenizer, *, width=64, layers=2, heads=2, seed=0):
-    """A small untrained Qwen2ForCausalLM for `tokenizer`, the same for the same seed."""
+def tiny_model(tokenizer, *, width=64, layers=2, heads=4, seed=0):
+    """A small untrained Qwen2ForCausalLM for `tokenizer`, the same for the same seed.
+
+    All query heads share one key-value head: on a CPU, what a rollout waits for is the reading of its cache.
+    """
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, tie_word_embeddings=True,
+        num_attention_heads=heads, num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=True,
         # The default 0.02 is meant for widths in the thousands; at this width training stalls with it.
         initializer_range=0.08, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng(devices=[]):
@@ -104,7 +106,7 @@ def demonstrations(env, tokenizer, seeds, rng, noise, plan_in, desc):
         while transcript.respond(tokenizer(demonstration(env, rng, noise, plan_in)).input_ids + [tokenizer.eos_token_id]):
             pass
         transcripts.append(transcript)
-    return pack(transcripts, tokenizer.pad_token_id)
+    return pack(transcripts)
 
 
 def imitate(model, data, steps, lr, rng, desc, batch=16, action_weight=8.0):
@@ -133,8 +135,9 @@ def teach(env, held_out, *, plan_in="answer", width=64, layers=2, episodes=3000,
           worse_noise=0.75):
     """An agent for the boards of `env` whose first observation is not in held_out -> (model, tokenizer).
 
-    episodes, steps, noise: demonstrations, updates and share of random moves of the first stage; worse_*: of the second.
-    plan_in: where it decides on its actions, in the "answer" or already in the reasoning ("think"), which the answer copies.
+    episodes, steps, noise: demonstrations, updates and share of random moves of the first stage; worse_*: of the
+    second. plan_in: where it decides on its actions, in the "answer" or already in the reasoning ("think"), which the
+    answer copies.
     """
     rng = np.random.default_rng(0)
     texts = ["system", "user", "assistant", *FILLERS]
@@ -147,7 +150,7 @@ def teach(env, held_out, *, plan_in="answer", width=64, layers=2, episodes=3000,
             observation, _, terminated, truncated, _ = env.step(answer)
             over = terminated or truncated
     tokenizer = tiny_tokenizer(texts, phrases=[env.system_prompt, env.format_reminder, *getattr(env, "phrases", [])])
-    model = tiny_model(tokenizer, width=width, layers=layers, heads=width // 32)
+    model = tiny_model(tokenizer, width=width, layers=layers, heads=width // 16)
     good = demonstrations(env, tokenizer, draw_boards(env, rng, episodes, EVALUATION_SEED, held_out), rng, noise, plan_in,
                           "demonstrations")
     imitate(model, good, steps, 3e-3, rng, "1 of 2: know the game")
@@ -162,24 +165,22 @@ def main():
     parser = OneLineParser("python -m extras.agent", description=__doc__.split("\n\n")[0])
     parser.add_argument("env", help="environment, or module:Class")
     parser.add_argument("--out", type=Path, help="directory (default: extras/agents/ENV)")
-    parser.add_argument("--env-options", nargs="+", default=(), metavar="KEY=VALUE", help="other boards than the shipped agent's")
+    parser.add_argument("--env-options", nargs="+", metavar="KEY=VALUE", help="other boards than the shipped agent's")
     parser.add_argument("--plan-in", choices=("answer", "think"), default="answer", help="where the agent decides")
-    for name in ("width", "layers", "episodes", "steps", "worse_steps"):
+    for name in (numbers := ("width", "layers", "episodes", "steps", "worse_steps")):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {teach.__kwdefaults__[name]}")
     options = parser.parse_args()
     boards, how = TAUGHT.get(options.env, ({}, {}))
-    given = {name: getattr(options, name) for name in ("width", "layers", "episodes", "steps", "worse_steps")
-             if getattr(options, name) is not None}
+    how = how | {name: getattr(options, name) for name in numbers if getattr(options, name) is not None}
     try:
-        settings = Settings(env=options.env, env_options=tuple(options.env_options) or tuple(
-            f"{key}={json.dumps(value)}" for key, value in boards.items()), **DEFAULTS.get(options.env, {}))
-        env = settings.make_env()
-        model, tokenizer = teach(env, {env.reset(seed=seed)[0] for seed in settings.evaluation_seeds()},
-                                 **how | given | {"plan_in": options.plan_in})
-        out = options.out or AGENTS / options.env
+        given = options.env_options or [f"{key}={json.dumps(value)}" for key, value in boards.items()]
+        settings = Settings(env=options.env, env_options=tuple(given), **DEFAULTS.get(options.env, {}))
+        env, out = settings.make_env(), options.out or AGENTS / options.env
+        held_out = {env.reset(seed=seed)[0] for seed in settings.evaluation_seeds()}
+        model, tokenizer = teach(env, held_out, **how, plan_in=options.plan_in)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        (out / "env.json").write_text(json.dumps(boards if not options.env_options else settings.board_options(), indent=1) + "\n")
+        (out / "env.json").write_text(json.dumps(settings.board_options(), indent=1) + "\n")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"{sum(p.numel() for p in model.parameters())} parameters, written to {out}")

@@ -3,8 +3,9 @@
     python -m extras.diagnose                                           # the built-in agent, 200 groups of 16: minutes
     python -m extras.diagnose --checkpoint runs/latest/arms/grpo-actfocus-0.pt --signal nll
 
-Writes diagnosis.json and, with matplotlib, diagnosis.png to --out. Where a group's rollouts have no spread of returns, GRPO has
-nothing to learn from it: that is what the paper's filter, the group normalisation and this correlation are about.
+Writes diagnosis.json and, with matplotlib, diagnosis.png to --out. Where a group's rollouts have no spread of returns,
+GRPO has nothing to learn from it: that is what the paper's filter, the group normalisation and this correlation are
+about.
 """
 
 import json
@@ -24,7 +25,6 @@ from extras.report import described, pyplot
 from extras.runs import write
 from extras.show import agent_at
 from kernels import score, score_logits
-from rollout import in_parts
 from train import EVALUATION_SEED
 
 
@@ -61,8 +61,8 @@ def rank_correlation(x, y, rng, draws=1000):
 def gradient_shares(arm, batch):
     """{credit: squared gradient norm of the policy loss on a Batch, from (action tokens, reasoning tokens)}.
 
-    Before the first update, so every ratio is 1. Each part keeps the whole's normaliser: the two gradients add up to the
-    loss's. ActFocus weighs by batch.signal, the one of the settings.
+    Before the first update, so every ratio is 1. Each part keeps the whole's normaliser: the two gradients add up to
+    the loss's. ActFocus weighs by batch.signal, the one of the settings.
     """
     parameters, s, shares = [p for p in arm.policy.parameters() if p.requires_grad], arm.settings, {}
     for credit, (alpha, beta) in {"uniform": (1.0, 0.0), "actfocus": (s.alpha, s.beta)}.items():
@@ -88,8 +88,8 @@ def diagnose(arm, groups):
         played = arm.play(np.repeat(boards[start:start + s.prompts], s.rollouts).tolist(), s.temperature, arm.generator)
         returns.append(played.returns.view(-1, s.rollouts))
         batch = arm.score(played)
-        signals = in_parts(lambda part: score_logits(arm.reference, part.ids, part.response_mask, part.old_logprobs,
-                                                     *(SIGNALS[name] for name in names)), batch, arm.micro_batch)
+        signals = batch.in_parts(lambda part: score_logits(arm.reference, part.ids, part.response_mask, part.old_logprobs,
+                                                           *(SIGNALS[name] for name in names)), arm.micro_batch)
         kinds = {"action tokens": batch.action_mask, "reasoning tokens": batch.response_mask & ~batch.action_mask,
                  "all response tokens": batch.response_mask}
         for kind, mask in kinds.items():

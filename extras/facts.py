@@ -1,7 +1,8 @@
-"""Facts about a state, as sentences: demonstrations reason in them, and what an agent claims in its reasoning is held to them.
+"""Facts about a state, as sentences: demonstrations reason in them, and what an agent claims in its reasoning is held
+to them.
 
-An environment may define `facts()`, true sentences about its state, and `fact_pattern`, what a sentence looks like that claims
-one, true or not. Sokoban's stand here, so that env.py has the game alone.
+An environment may define `facts()`, true sentences about its state, and `fact_pattern`, what a sentence looks like that
+claims one, true or not. Sokoban's stand here, so that env.py has the game alone.
 """
 
 import copy

@@ -10,9 +10,9 @@ from extras.facts import grid_pattern, relations
 class FrozenLake(Env):
     """Walk over slippery ice to the goal: reward 1 there, 0 elsewhere; a hole ends the episode.
 
-    size: side of the map; frozen: probability that a tile is ice and not a hole; intended: probability that a move goes where
-    it was meant to, the rest is split between the two perpendicular directions. Start and goal lie anywhere; maps are drawn
-    until a path within the budget exists.
+    size: side of the map; frozen: probability that a tile is ice and not a hole; intended: probability that a move goes
+    where it was meant to, the rest is split between the two perpendicular directions. Start and goal lie anywhere; maps
+    are drawn until a path within the budget exists.
     """
 
     name = "frozenlake"

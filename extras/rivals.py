@@ -1,17 +1,17 @@
 """Two rivals of ActFocus, which change the advantages instead of the weights: CARL and A2TGPO.
 
-CARL (arXiv 2512.04949) credits only responses at states where the policy was unsure. It grows a tree of rollouts for each
-board: `tree_roots` episodes from the start, then `tree_forks` forks, each from the state with the largest H / n (H the mean
-length-normalised NLL of the n responses sampled there so far). A(u -> v) = V(v) - V(u), V the plain mean over children; only
-responses at forked states are trained.
+CARL (arXiv 2512.04949) credits only responses at states where the policy was unsure. It grows a tree of rollouts for
+each board: `tree_roots` episodes from the start, then `tree_forks` forks, each from the state with the largest H / n (H
+the mean length-normalised NLL of the n responses sampled there so far). A(u -> v) = V(v) - V(u), V the plain mean over
+children; only responses at forked states are trained.
 
-A2TGPO (arXiv 2605.06200) credits turns with what they add to the belief in the right answer: gain_k = b_k - b_(k-1), b the mean
-log-prob of the gold answer, forced after each turn. A_k = A_outcome + 0.3 * sum_(j >= k) z(gain_j) / sqrt(number of terms),
-without the sum in the last turn, z within (board, turn); the ratio is the turn's geometric mean, and its clip range widens with
-the gain. It needs an environment with a gold answer (`Env.gold`): Sudoku or the shop.
+A2TGPO (arXiv 2605.06200) credits turns with what they add to the belief in the right answer: gain_k = b_k - b_(k-1), b
+the mean log-prob of the gold answer, forced after each turn. A_k = A_outcome + 0.3 * sum_(j >= k) z(gain_j) /
+sqrt(number of terms), without the sum in the last turn, z within (board, turn); the ratio is the turn's geometric mean,
+and its clip range widens with the gain. It needs an environment with a gold answer (`Env.gold`): Sudoku or the shop.
 
-    python train.py --algos grpo --credits uniform actfocus carl carl+actfocus
-    python train.py --algos grpo --env sudoku --minibatch 16 --credits uniform a2tgpo a2tgpo+actfocus a2tgpo:turn_clip=common
+    python train.py --algos grpo --credits uniform actfocus carl carl+actfocus python train.py --algos grpo --env sudoku
+    --minibatch 16 --credits uniform a2tgpo a2tgpo+actfocus a2tgpo:turn_clip=common
 """
 
 import copy
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from actfocus import Credit, check, check_range, group_advantages, group_spread
-from rollout import Transcript, begin, pack, pad_id, play, score
+from rollout import Transcript, begin, pack, play, score
 
 # CARL -----------------------------------------------------------------------------------------------------------------
 
@@ -90,11 +90,12 @@ class Tree:
 
 
 def tree_advantages(parent, returns):
-    """CARL (arXiv 2512.04949): credit of every response in a tree of rollouts, parent[E], returns[E] -> advantages[E] float32.
+    """CARL (arXiv 2512.04949): credit of every response in a tree of rollouts, parent[E], returns[E] -> advantages[E]
+    float32.
 
-    An edge is one response; edges stand in the order they were sampled. parent[e]: the edge whose end state e continues from,
-    -1 at the root. returns[e]: the episode's return where e ended it, nan elsewhere. With V(leaf) = its return and V(state) =
-    the plain mean over the edges sampled from it, A(e) = V(end of e) - V(start of e), not normalised.
+    An edge is one response; edges stand in the order they were sampled. parent[e]: the edge whose end state e continues
+    from, -1 at the root. returns[e]: the episode's return where e ended it, nan elsewhere. With V(leaf) = its return
+    and V(state) = the plain mean over the edges sampled from it, A(e) = V(end of e) - V(start of e), not normalised.
     ValueError: an edge before its parent, a return on an edge that others continue, none on one that nothing continues.
     """
     parent, returns = torch.as_tensor(parent), torch.as_tensor(returns)
@@ -123,10 +124,11 @@ def tree_advantages(parent, returns):
 def tree_rollout(model, tokenizer, envs, *, seeds, roots, forks, temperature, max_response_tokens, generator, max_context=None):
     """A tree of rollouts for each seed, by CARL's rule -> Trajectories of P * (roots + forks) rows, tree by tree.
 
-    `roots` episodes from the start, then `forks` times: the most critical state of each tree (Tree.critical) is restored, from
-    the kept ids and a copy of the environment, and one more episode is played from it to the end. The forks of one round are
-    sampled together across trees. envs: P * roots environments, seeds: P. A row's response_mask covers what that row sampled;
-    the ids before are another row's. notes: a row's edges, which tell how rows hang together, and their advantages.
+    `roots` episodes from the start, then `forks` times: the most critical state of each tree (Tree.critical) is
+    restored, from the kept ids and a copy of the environment, and one more episode is played from it to the end. The
+    forks of one round are sampled together across trees. envs: P * roots environments, seeds: P. A row's response_mask
+    covers what that row sampled; the ids before are another row's. notes: a row's edges, which tell how rows hang
+    together, and their advantages.
     """
     opened = begin(model, tokenizer, envs, [seed for seed in seeds for _ in range(roots)], max_response_tokens, max_context, Branch)
     play(model, opened, temperature, max_response_tokens, generator)
@@ -145,7 +147,7 @@ def tree_rollout(model, tokenizer, envs, *, seeds, roots, forks, temperature, ma
         returns = torch.tensor([edge.returns for edge in tree.edges], dtype=torch.float64)
         for edge, advantage in zip(tree.edges, tree_advantages([edge.parent for edge in tree.edges], returns).tolist()):
             edge.advantage = advantage
-    trajectories = pack([transcript for row in rows for transcript, _ in row], pad_id(tokenizer))
+    trajectories = pack([transcript for row in rows for transcript, _ in row])
     trajectories.notes = [edges for row in rows for _, edges in row]
     return trajectories
 
@@ -221,10 +223,11 @@ class Probed(Transcript):
 
 @torch.no_grad()
 def beliefs(model, tokenizer, trajectories, micro_batch=16):
-    """Mean log-prob of the gold answer before the first turn and after each, [B, K + 1] float32; 0 past a row's last turn.
+    """Mean log-prob of the gold answer before the first turn and after each, [B, K + 1] float32; 0 past a row's last
+    turn.
 
-    Teacher-forced: the gold answer follows the context and SCAFFOLD (A2TGPO). What is equal, the prompts of a group say, is
-    read once. With nothing left to answer (a solved Sudoku) the belief is 0, the log of certainty.
+    Teacher-forced: the gold answer follows the context and SCAFFOLD (A2TGPO). What is equal, the prompts of a group
+    say, is read once. With nothing left to answer (a solved Sudoku) the belief is 0, the log of certainty.
     """
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     scaffold, wanted, places = encode(SCAFFOLD), {}, []
@@ -249,14 +252,15 @@ def beliefs(model, tokenizer, trajectories, micro_batch=16):
 
 
 def turn_gain_advantages(gain, turn_mask, returns, group, *, gamma=1.0, scale=0.3):
-    """A2TGPO (arXiv 2605.06200): outcome plus information gain of each turn -> (advantages[B, K], normalised_gain[B, K]).
+    """A2TGPO (arXiv 2605.06200): outcome plus information gain of each turn -> (advantages[B, K], normalised_gain[B,
+    K]).
 
-    gain[B, K]: how much the mean log-prob of the gold answer rose in turn k (nats); turn_mask[B, K] bool: turns that were
-    played; returns[B]; group[B]: trajectories of one prompt share a number. The gain is standardised among the same turn
-    of the same group (population deviation + 1e-6; 0 for a turn without a peer or without spread), then
-    D_k = sum_{j >= k} gamma^(j - k) gain_j / sqrt(number of terms) over the turns played. A turn's advantage is that of its
-    trajectory in the group (group_advantages) + scale * D_k, without the second part in the last turn, whose answer the outcome
-    judges already. Both results are 0 outside turn_mask.
+    gain[B, K]: how much the mean log-prob of the gold answer rose in turn k (nats); turn_mask[B, K] bool: turns that
+    were played; returns[B]; group[B]: trajectories of one prompt share a number. The gain is standardised among the
+    same turn of the same group (population deviation + 1e-6; 0 for a turn without a peer or without spread), then D_k =
+    sum_{j >= k} gamma^(j - k) gain_j / sqrt(number of terms) over the turns played. A turn's advantage is that of its
+    trajectory in the group (group_advantages) + scale * D_k, without the second part in the last turn, whose answer the
+    outcome judges already. Both results are 0 outside turn_mask.
     """
     if gain.dim() != 2:
         raise ValueError(f"gain must be [B, K], got shape {tuple(gain.shape)}")
@@ -287,7 +291,8 @@ def turn_gain_advantages(gain, turn_mask, returns, group, *, gamma=1.0, scale=0.
 
 
 def turn_clip_scale(normalised_gain, turn_mask, *, strength=0.3):
-    """A2TGPO's adaptive clip: factor c[B, K] on the clip range, 1 + strength * (2 sigmoid(gain) - 1), and 1 in the last turn.
+    """A2TGPO's adaptive clip: factor c[B, K] on the clip range, 1 + strength * (2 sigmoid(gain) - 1), and 1 in the last
+    turn.
 
     The range of a turn is [1 - c * clip_low, 1 + c * clip_high]: wider where a turn brought more than its peers' did.
     """
@@ -299,10 +304,11 @@ def turn_clip_scale(normalised_gain, turn_mask, *, strength=0.3):
 
 
 def turn_logprobs(logprobs, old_logprobs, turn_ids):
-    """Log-probs whose ratio to old_logprobs is that of the whole turn, all [B, T], for weighted_policy_loss (A2TGPO, GSPO).
+    """Log-probs whose ratio to old_logprobs is that of the whole turn, all [B, T], for weighted_policy_loss (A2TGPO,
+    GSPO).
 
-    The ratio's value is exp(mean log-ratio of the turn's tokens), its gradient the token's own (straight-through). turn_ids: the
-    turn of each response token, -1 elsewhere. A turn must not be split between calls.
+    The ratio's value is exp(mean log-ratio of the turn's tokens), its gradient the token's own (straight-through).
+    turn_ids: the turn of each response token, -1 elsewhere. A turn must not be split between calls.
     """
     check(logprobs, where=turn_ids >= 0, old_logprobs=old_logprobs, turn_ids=turn_ids)
     log_ratio = torch.where(turn_ids >= 0, (logprobs - old_logprobs).detach(), 0.0)  # [B, T]

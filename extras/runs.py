@@ -1,7 +1,8 @@
-"""What keeps a run safe: files that are written whole, arms in processes of their own, signals, and what --resume goes on from.
+"""What keeps a run safe: files that are written whole, arms in processes of their own, signals, what --resume goes on
+from.
 
-Each arm writes its own log and checkpoint (DIR/arms); the parent only reads. Whatever ends a run at whatever moment, the same
-command with --resume goes on from the last checkpoints and writes the metrics of a run that was never stopped.
+Each arm writes its own log and checkpoint (DIR/arms); the parent only reads. Whatever ends a run at whatever moment,
+the same command with --resume goes on from the last checkpoints and writes the metrics of a run that was never stopped.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import zipfile
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -20,11 +22,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs on one directory are not told apart there
-    fcntl = None
+from rollout import load_agent
 
 asked_to_stop = threading.Event()  # in a training process: the parent's
 received = []  # the signals that this process got
@@ -55,6 +55,14 @@ def load_checkpoint(path, device="cpu"):
     return None
 
 
+def fingerprint(model, tokenizer):
+    """What tells one agent from another, 16 characters: weights, vocabulary and chat template."""
+    digest = hashlib.sha256(repr((sorted(tokenizer.get_vocab().items()), tokenizer.chat_template)).encode())
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode() + x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class ArmFiles:
     """The log and the checkpoint of one arm."""
 
@@ -75,10 +83,10 @@ class ArmFiles:
         saved, lines = load_checkpoint(self.checkpoint, arm.settings.torch_device), self.lines()
         if saved and saved["agent"] != arm.agent:
             raise ValueError(f"{self.checkpoint} was trained from agent {saved['agent']}, this is {arm.agent}")
-        done = saved["step"] + 1 if saved and len(lines) > saved["step"] else 0  # a kill may have come between log and checkpoint
+        done = saved["step"] + 1 if saved and len(lines) > saved["step"] else 0
         if done:
             arm.load_state_dict(saved)
-        write(self.log, "".join(json.dumps(line) + "\n" for line in lines[:done]))
+        write(self.log, "".join(json.dumps(line) + "\n" for line in lines[:done]))  # a kill may have come between the two
         return done
 
     def record(self, line, arm, checkpoint):
@@ -93,41 +101,32 @@ class ArmFiles:
         return stopping
 
 
-def fingerprint(model, tokenizer):
-    """What tells one agent from another, 16 characters: weights, vocabulary and chat template."""
-    digest = hashlib.sha256(repr((sorted(tokenizer.get_vocab().items()), tokenizer.chat_template)).encode())
-    for name, x in sorted(model.state_dict().items()):
-        digest.update(name.encode() + x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def saving_memory(arm, method):
+    """A method of an arm that is called again, with half the micro-batch, for as long as memory runs out."""
+    def retried(*arguments):
+        while True:
+            try:
+                return method(*arguments)
+            except RuntimeError as error:  # a CPU's has no class of its own
+                lacking = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                if not lacking or arm.micro_batch == 1:
+                    raise
+            arm.micro_batch //= 2  # outside of except: its traceback holds on to what did not fit
+            arm.forget_gradients()
+            print(f"train.py: out of memory, going on with micro-batches of {arm.micro_batch}", file=sys.stderr)
+    return retried
 
 
-def saving_memory(arm):
-    """Let an arm score and differentiate with half the micro-batch for as long as memory runs out: the result is the same."""
-    def saving(method):
-        def retried(*arguments):
-            while True:
-                try:
-                    return method(*arguments)
-                except RuntimeError as error:  # a CPU's has no class of its own
-                    lacking = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-                    if not lacking or arm.micro_batch == 1:
-                        raise
-                arm.micro_batch //= 2  # outside of except: its traceback holds on to what did not fit
-                arm.forget_gradients()
-                print(f"train.py: out of memory, going on with micro-batches of {arm.micro_batch}", file=sys.stderr)
-        return retried
-    arm.score, arm.gradient = saving(arm.score), saving(arm.gradient)
-    return arm
-
-
-def begin(settings, agent, resume):
-    """Make the output directory, or check that the run in it can go on with these settings -> a lock, to be held."""
-    out = Path(settings.out)
+def begin(settings, resume):
+    """Make the output directory, or check that the run in it can go on -> (the agent's fingerprint, a lock, to be held)."""
+    agent, out = fingerprint(*load_agent(settings.agent, "cpu")), Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "w")
     try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: two runs on one directory are not told apart there
+        pass
     except OSError:
         raise ValueError(f"out: another run is writing to {out}") from None
     plain = lambda s: json.loads(json.dumps(dataclasses.asdict(s)))
@@ -140,7 +139,7 @@ def begin(settings, agent, resume):
     else:
         shutil.rmtree(out / "arms", ignore_errors=True)
     write(out / "settings.json", json.dumps(now, indent=1) + "\n")
-    return lock
+    return agent, lock
 
 
 def in_worker(stop, threads):
@@ -155,27 +154,29 @@ def in_worker(stop, threads):
 
 
 def on_signal(number, _):
-    """The first signal ends every arm with a checkpoint after its step, or after 8 seconds without; a second one at once."""
+    """A first signal ends every arm with a checkpoint after its step, or after 8 seconds without; a second at once."""
     if received:
         os._exit(128 + number)
     received.append(number)
-    os.write(2, b"\ninterrupted: stopping after this step, in 8 seconds at the latest (a second signal: at once);"
-             b" the same command with --resume goes on\n")
+    os.write(2, b"\ninterrupted: stopping after this step, in 8 seconds at the latest (a second signal: at once); the "
+             b"same command with --resume goes on\n")
     timer = threading.Timer(8, os._exit, (128 + number,))  # checkpoints are whole at any moment, and workers end with us
     timer.daemon = True
     timer.start()
 
 
 def run_arms(train_arm, settings, arms, report):
-    """train_arm(settings, *arm) for each arm, side by side, a process each: a small model cannot keep several cores busy.
+    """train_arm(settings, *arm) for each arm, side by side: a small model cannot keep several cores busy, several can.
 
-    report(line) gets every line of their logs.
+    report(line) gets every line of their logs as it comes.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = min(settings.jobs or (1 if settings.torch_device.type == "cuda" else cores), len(arms))
-    context = torch.multiprocessing.get_context("spawn")
-    stop, seen = context.Event(), Counter()
-    pool = ProcessPoolExecutor(jobs, context, in_worker, (stop, max(1, min(torch.get_num_threads(), cores // jobs))))
+    context, seen = torch.multiprocessing.get_context("spawn"), Counter()
+    stop, threads = context.Event(), max(1, min(torch.get_num_threads(), cores // jobs))
+    pool = ProcessPoolExecutor(jobs, context, in_worker, (stop, threads))
     try:
         left = {pool.submit(train_arm, settings, *arm) for arm in arms}
         while left:
@@ -195,3 +196,27 @@ def run_arms(train_arm, settings, arms, report):
         pool.shutdown(wait=False, cancel_futures=True)
         for process in torch.multiprocessing.active_children():
             process.kill()
+
+
+def compare(train_arm, settings, agent):
+    """Train all arms, or what is left of them, and write the output directory."""
+    from extras.report import conclude
+    out, started, s = Path(settings.out), time.perf_counter(), settings
+    arms = [(algo, credit, seed) for seed in s.seeds for algo in s.algos for credit in s.credits]
+    shown = {name: f"eval_{name}" for name in s.make_env().reset(seed=0)[1]} | {"valid": "eval_format_valid"}
+    with tqdm(total=len(arms) * (s.steps + 1), desc=f"{len(arms)} arms", unit="step", smoothing=0.05) as bar, \
+            open(out / "metrics.jsonl", "w") as file:
+        def report(line):
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            if "eval_success" in line:
+                bar.write(f"{line['algo']:<4} {line['credit']:<8} seed {line['seed']}  step {line['step']:>3}  "
+                          + "  ".join(f"{name} {100 * line[key]:5.1f} %" for name, key in shown.items()))
+            bar.update()
+        run_arms(train_arm, s, arms, report)
+    # Arms that ran side by side have mixed their lines; in the end an arm's lines stand together.
+    logs = [ArmFiles(out, *arm).lines() for arm in arms]
+    write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for lines in logs for line in lines))
+    if received:
+        sys.exit(128 + received[0])
+    conclude(s, agent, logs, minutes=(time.perf_counter() - started) / 60)

@@ -74,13 +74,14 @@ def search(seed, size, query, k1=1.5, b=0.75):
 
 
 class Shop(Env):
-    """Find the product that an instruction describes, choose its options and buy it: WebShop's task with a generated catalogue.
+    """Find the product that an instruction describes, choose its options and buy it: WebShop's task with a generated
+    catalogue.
 
-    The reward comes with the purchase: score = type * (attributes + options + price) / (wanted attributes + wanted options
-    + 1), where the first three count what was asked for and is there, price is 1 if it is within the limit, and type is 1 for
-    the wanted category, 0.5 for another of its department, 0 otherwise. Success is a score of 1. products: size of the
-    catalogue; page: results on a page; catalogue_seed: which catalogue. Instructions are drawn such that their own words find a
-    right product within the budget.
+    The reward comes with the purchase: score = type * (attributes + options + price) / (wanted attributes + wanted
+    options + 1), where the first three count what was asked for and is there, price is 1 if it is within the limit, and
+    type is 1 for the wanted category, 0.5 for another of its department, 0 otherwise. Success is a score of 1.
+    products: size of the catalogue; page: results on a page; catalogue_seed: which catalogue. Instructions are drawn
+    such that their own words find a right product within the budget.
     """
 
     name = "shop"

@@ -1,8 +1,8 @@
 """One episode, turn by turn, each token shaded by its ActFocus weight: in the terminal, or as an SVG.
 
-    python -m extras.show                                               # the built-in agent
-    python -m extras.show --checkpoint runs/latest/arms/grpo-actfocus-0.pt      # after training, with its run's settings
-    python -m extras.show --svg results/episode.svg                     # the picture in the README
+    python -m extras.show                                               # the built-in agent python -m extras.show
+    --checkpoint runs/latest/arms/grpo-actfocus-0.pt      # after training, with its run's settings python -m
+    extras.show --svg results/episode.svg                     # the picture in the README
 
 It is the episode with the largest advantage of a group of G, on the first board (of 20) that the group wins and loses.
 """
@@ -102,34 +102,59 @@ def beside(board, tokens, width):
     return [f"{a:{left}}{b}".rstrip() for a, b in itertools.zip_longest(board, lines, fillvalue="")]
 
 
+def lines_of(tokens, columns):
+    """Tokens (text, weight, is action) broken before a space into lines of at most `columns` characters, where they have one."""
+    lines, length = [[]], 0
+    for token in tokens:
+        if length + len(token[0]) > columns and token[0][:1].isspace():
+            lines, length, token = [*lines, []], 0, (token[0][1:], *token[1:])
+        lines[-1].append(token)
+        length += len(token[0])
+    return lines
+
+
 def svg(shown, last, title, beta):
     """The episode as an SVG whose text is text: reasoning grey, action tokens on a background as red as they weigh much."""
-    size, height, columns = 7.25, 18, 112  # pixels a character, pixels a line
-    out, y = [], height * 2
-    text = lambda x, y, words, more="": f'<text x="{x:.1f}" y="{y}" xml:space="preserve"{more}>{html.escape(words)}</text>'
+    wide, high, columns, shades, out = 7.25, 18, 110, [], []  # pixels a character, pixels a line, characters a line
+    left = max(len(line) for board, *_ in shown for line in board) + 3
+
+    def put(row, column, words, kind="", weight=None):
+        words = "".join(c if c.isprintable() else " " for c in words)
+        x, y, length = 12 + column * wide, 26 + row * high, len(words) * wide
+        if weight is not None:
+            share = min(max((weight - 1) / beta, 0), 1) if beta else 1
+            shades.append(f'<rect x="{x:.1f}" y="{y - 13:.0f}" width="{length:.1f}" height="{high - 1}" rx="2" '
+                       f'fill="rgb(255,{224 - 144 * share:.0f},{186 - 142 * share:.0f})"/>')
+        # textLength: whatever monospaced font there is, a word fills its background
+        out.append(f'<text x="{x:.1f}" y="{y:.0f}" textLength="{length:.1f}" lengthAdjust="spacingAndGlyphs" '
+                   f'xml:space="preserve" class="{kind}">{html.escape(words)}</text>')
+
+    put(0, 0, title, "title")
+    alpha = min(weight for _, tokens, _ in shown for _, weight, _ in tokens)
+    put(1.2, 0, f"reasoning and tags: weight {alpha:g}", "grey")
+    put(1.2, 36, "action tokens: weight")
+    for i in range(3):
+        put(1.2, 58 + 7 * i, f" {1 + beta * i / 2:.2f} ", weight=1 + beta * i / 2)
+    row = 3
     for number, (board, tokens, reward) in enumerate([*shown, (last, [], None)], 1):
-        top, x, left = y, 0, 10 + (max(map(len, board)) + 3) * size
         for i, line in enumerate(board):
-            out.append(text(10, top + i * height, line))
-        for words, weight, is_action in tokens:
-            words = "".join(c if c.isprintable() else " " for c in words)
-            if x + len(words) > columns - left / size and words[:1] == " ":
-                x, y = 0, y + height
-            if is_action:
-                share = min(max((weight - 1) / beta, 0), 1) if beta else 1
-                out.append(f'<rect x="{left + x * size:.1f}" y="{y - 13}" width="{len(words) * size:.1f}" height="{height - 1}" rx="2" '
-                           f'fill="rgb(255,{int(214 - 140 * share)},{int(170 - 130 * share)})"><title>{weight:.2f}</title></rect>')
-            out.append(text(left + x * size, y, words, "" if is_action else ' class="dim"'))
-            x += len(words)
-        y = max(y + height, top + len(board) * height) + height // 2
-        if reward is not None:
-            out.append(text(left, y - height // 2, f"turn {number}: reward {reward:+.1f}", ' class="note"'))
-            y += height
-    width = columns * size + 20
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {y}" font-family="ui-monospace, Menlo, Consolas, '
-            f'monospace" font-size="12"><style>.dim{{fill:#8a8f98}}.note{{fill:#57606a;font-style:italic}}</style><rect width="100%" '
-            f'height="100%" fill="#fff"/>{text(10, height, title, " font-weight=" + chr(34) + "bold" + chr(34))}\n'
-            + "\n".join(out) + "\n</svg>\n")
+            put(row + i, 0, line)
+        text = lines_of(tokens, columns - left) if tokens else []
+        for i, line in enumerate(text):
+            column = left
+            for (weight, is_action), run in itertools.groupby(line, key=lambda token: token[1:]):
+                words = "".join(word for word, *_ in run)
+                put(row + i, column, words, *(("", weight) if is_action else ("grey",)))
+                column += len(words)
+        weights = ", ".join(f"{words.strip()} {weight:.2f}" for words, weight, is_action in tokens if is_action)
+        put(row + len(text) + 0.2 * bool(text), left, f"turn {number}: {weights}; reward {reward:+.1f}" if tokens else
+            f"return {sum(reward for *_, reward in shown):+.1f}", "note")
+        row += max(len(board), len(text) + 1.2) + 0.8
+    width, height = 24 + columns * wide, row * high + 12
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" font-size="12" '
+            'font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, monospace">\n<style>text{fill:#1f2328} .grey{fill:#767c85} '
+            '.title{font-weight:bold} .note{fill:#57606a;font-style:italic}</style>\n<rect width="100%" height="100%" fill="#fff"/>\n'
+            + "\n".join(shades + out).replace(' class=""', "") + "\n</svg>\n")
 
 
 def main(arguments=None):
@@ -141,14 +166,15 @@ def main(arguments=None):
     shown, last = turns(arm, batch, row)
     s = arm.settings
     title = (f"{s.env}, board of seed {int(batch.seeds[row])}, {options.checkpoint or 'the agent before training'}: the best of "
-             f"{s.rollouts} episodes. Reasoning weighs {s.alpha}, action tokens 1 to {1 + s.beta}")
+             f"{s.rollouts} episodes")
     if options.svg:
         options.svg.write_text(svg(shown, last, title, s.beta), encoding="utf-8")
         return
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows no √
     colour, width = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), shutil.get_terminal_size((110, 24)).columns
-    print(f"{title}, " + ("the redder the more." if colour else "as in [Up 1.23]."))
+    print(f"{title}. Reasoning weighs {s.alpha}, action tokens 1 to {1 + s.beta}, "
+          + ("the redder the more." if colour else "as in [Up 1.23]."))
     for number, (board, tokens, reward) in enumerate(shown, 1):
         print(f"\nturn {number}")
         print("\n".join(beside(board, [shaded(*token, s.beta, colour) for token in tokens], width)))

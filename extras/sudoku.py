@@ -18,7 +18,8 @@ def sudoku_grids():
     return fill([])
 
 
-# Rows, columns and boxes of the 4x4 grid, as indices of cells in reading order; a cell's peers share one of them with it.
+# Rows, columns and boxes of the 4x4 grid, as indices of cells in reading order; a cell's peers share one of them with
+# it.
 SUDOKU_UNITS = {**{f"Row {r + 1}": [4 * r + c for c in range(4)] for r in range(4)},
                 **{f"Column {c + 1}": [4 * r + c for r in range(4)] for c in range(4)},
                 **{f"Box {b + 1}": [4 * (b // 2 * 2 + i // 2) + b % 2 * 2 + i % 2 for i in range(4)] for b in range(4)}}
@@ -28,10 +29,11 @@ SUDOKU_PEERS = [{i for unit in SUDOKU_UNITS.values() if cell in unit for i in un
 class Sudoku(Env):
     """Fill a 4x4 grid so that every row, column and 2x2 box holds 1 to 4. Every puzzle has exactly one solution.
 
-    +1 for the right number (once a cell), +0.5 for a wrong one that breaks no rule yet (once a cell), -0.1 for one that does or
-    for a given cell, which stays as it is; +10 when solved. A placed number can be replaced. difficulty: easy, medium or hard,
-    6, 8 or 9 blanks. hint: list what every empty cell can hold; who copies single candidates solves the puzzle, so it is off.
-    observation: what the agent sees, "grid" or "units" (every row, column and box on a line of its own, without marks).
+    +1 for the right number (once a cell), +0.5 for a wrong one that breaks no rule yet (once a cell), -0.1 for one that
+    does or for a given cell, which stays as it is; +10 when solved. A placed number can be replaced. difficulty: easy,
+    medium or hard, 6, 8 or 9 blanks. hint: list what every empty cell can hold; who copies single candidates solves the
+    puzzle, so it is off. observation: what the agent sees, "grid" or "units" (every row, column and box on a line of
+    its own, without marks).
     """
 
     name = "sudoku"

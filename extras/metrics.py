@@ -1,0 +1,31 @@
+"""What a step of training and an evaluation write into metrics.jsonl; README.md says what each field tells."""
+
+
+def describe(played):
+    """Plain facts of a batch of trajectories, for the log."""
+    sampled = played.turn_ids >= 0
+    tokens, action, turns = int(sampled.sum()), int(played.action_mask.sum()), int(played.turns.sum())
+    think = played.logprobs[sampled & ~played.action_mask]
+    return {"return": played.returns.mean().item(), "success": played.success.float().mean().item(),
+            "format_valid": float((played.valid * played.turns).sum() / turns), "turns": turns / len(played),
+            "think_tokens": (tokens - action) / turns, "action_tokens": action / turns, "generated_tokens": tokens,
+            "action_fraction": action / tokens, "think_nll": -think.mean().item() if len(think) else None,
+            **{name: x.mean().item() for name, x in played.outcome.items()}}
+
+
+def measure(batch, totals):
+    """Metrics of a step's updates, from sums over updates and tokens."""
+    mask, action, n, updates = batch.response_mask, batch.action_mask, max(totals["n"], 1), max(totals["updates"], 1)
+    mean = lambda values: float(values.mean()) if len(values) else None
+    out = {name: totals[name] for name in ("updates", "skipped_updates")} | {"updated_tokens": int(totals["n"])}
+    out |= {name: totals[name] / updates for name in ("policy_loss", "grad_norm")}
+    out |= {name: totals[name] / n for name in ("approx_kl", "clip_fraction", "ratio_mean")}
+    out |= {"think_entropy": mean(batch.old_entropy[mask & ~action]), "action_entropy": mean(batch.old_entropy[action]),
+            "action_energy": mean(batch.energy[action]),
+            "weight_share_action": float(batch.weights[action].sum() / batch.weights.sum().clamp(min=1e-30)),
+            "grad_share_action": totals["grad_action"] / max(totals["grad_all"], 1e-30)}
+    if batch.value_targets is not None:
+        error, variance = (batch.value_targets - batch.old_values)[mask].var(), float(batch.value_targets[mask].var())
+        out |= {"value_loss": totals["value_loss"] / updates,
+                "explained_variance": 1 - float(error) / variance if variance > 0 else None}
+    return out
