@@ -24,8 +24,6 @@ are bool: response_mask marks the tokens that the policy sampled, action_mask th
 """
 
 import copy
-import dataclasses
-import pkgutil
 
 import torch
 from torch import nn
@@ -294,34 +292,3 @@ class ActFocus(Credit):
 
 # name -> class, or "module:Class" for one that is imported when somebody asks for it
 CREDITS = {"uniform": Credit, "actfocus": ActFocus, "carl": "extras.rivals:Carl", "a2tgpo": "extras.rivals:A2tgpo"}
-OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "lr", "critic_lr", "clip_low", "clip_high", "gamma",
-                "lam", "entropy_coef", "kl_coef")  # those of train.Settings that a credit may have for itself
-
-
-def make_credit(text, algo, settings):
-    """'carl+actfocus:alpha=0.3,tree_forks=16' -> a Credit that answers as both do, with settings of its own."""
-    name, _, own = text.partition(":")
-    if unknown := [part for part in name.split("+") if part not in CREDITS]:
-        raise ValueError(f"credits: {unknown[0]!r} is not one of {', '.join(CREDITS)}")
-    parts = [CREDITS[part] for part in name.split("+")]
-    parts = [pkgutil.resolve_name(part) if isinstance(part, str) else part for part in parts]
-    own_answers = [answer for part in parts for answer in vars(part) if answer in vars(Credit) and answer[0] != "_"]
-    if twice := {answer for answer in own_answers if own_answers.count(answer) > 1} - {"check", "algos"}:
-        raise ValueError(f"credits: {name!r} joins methods that both have {', '.join(sorted(twice))} of their own")
-    try:
-        credit = type(name, tuple(parts), {})(algo, settings)  # each answers where it differs from plain PPO and GRPO
-    except TypeError:
-        raise ValueError(f"credits: {name!r} cannot be joined") from None
-    for key, _, value in (option.partition("=") for option in own.split(",") if option):
-        is_credits = key[:1] != "_" and isinstance(getattr(credit, key, None), (str, int, float))
-        if not is_credits and key not in OWN_SETTINGS:
-            raise ValueError(f"credits: {key!r} in {text!r} is not a setting that a credit can have for itself")
-        try:
-            value = type(getattr(credit if is_credits else settings, key))(value)
-        except ValueError:
-            raise ValueError(f"credits: {value!r} is no value for {key} in {text!r}") from None
-        if is_credits:
-            setattr(credit, key, value)
-        else:
-            credit.settings = dataclasses.replace(credit.settings, credits=(name,), **{key: value})
-    return credit

@@ -17,6 +17,7 @@ the last checkpoint of each arm, from which `--resume` goes on to the same metri
 import copy
 import functools
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -31,7 +32,7 @@ import transformers
 from torch import nn
 
 import env as environments
-from actfocus import CREDITS, SIGNALS, Critic, gae, make_credit, token_logprobs, variance_filter, weighted_policy_loss
+from actfocus import CREDITS, SIGNALS, Critic, gae, token_logprobs, variance_filter, weighted_policy_loss
 from kernels import score, score_logits
 from rollout import Trajectories, load_agent, rollout
 
@@ -114,8 +115,8 @@ class Settings:
         self.torch_device  # a device that is not there is refused here
         env = self.make_env()
         env.reset(seed=0)  # as are options that admit no board
-        for credit in (make_credit(name, algo, self) for name in self.credits for algo in self.algos):
-            credit.check(env)
+        for name, algo in itertools.product(self.credits, self.algos):
+            extra("options").make_credit(name, algo, self).check(env)
 
     @property
     def agent(self):
@@ -124,18 +125,10 @@ class Settings:
 
     def board_options(self):
         """Options of the environment: the given ones, or else those of the boards that the built-in agent knows."""
-        taught, options = Path(self.agent) / "env.json", {}
+        taught = Path(self.agent) / "env.json"
         if self.model == "tiny" and not self.env_options and taught.exists():
             return json.loads(taught.read_text())
-        for option in self.env_options:
-            key, equals, text = option.partition("=")
-            if not equals:
-                raise ValueError(f"env_options: {option!r} is not KEY=VALUE")
-            try:
-                options[key] = json.loads(text)
-            except json.JSONDecodeError:
-                options[key] = text
-        return options
+        return extra("options").key_values(self.env_options)
 
     def make_env(self):
         return environments.make(self.env, **{"response_limit": self.max_response_tokens, **self.board_options()})
@@ -178,7 +171,7 @@ class Arm:
     """One (algorithm, credit, seed): its agent, its optimisers and its luck."""
 
     def __init__(self, settings, algo, credit, seed):
-        self.credit = make_credit(credit, algo, settings)
+        self.credit = extra("options").make_credit(credit, algo, settings)
         self.settings = s = self.credit.settings
         torch.manual_seed(seed)
         self.policy, self.tokenizer = load_agent(s.agent, s.torch_device)
@@ -313,20 +306,6 @@ class Arm:
     def forget_gradients(self):
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-
-    def state_dict(self):
-        """Everything that a step changes, for a checkpoint."""
-        return {"learners": [x.state_dict() for x in self.learners], "bad_updates": self.bad_updates,
-                "micro_batch": self.micro_batch, "rng": json.dumps(self.rng.bit_generator.state),
-                "generator": self.generator.get_state(), "torch_rng": torch.get_rng_state()}
-
-    def load_state_dict(self, saved):
-        for x, state in zip(self.learners, saved["learners"]):
-            x.load_state_dict(state)
-        self.bad_updates, self.micro_batch = saved["bad_updates"], saved["micro_batch"]
-        self.rng.bit_generator.state = json.loads(saved["rng"])
-        self.generator.set_state(saved["generator"].cpu())
-        torch.set_rng_state(saved["torch_rng"].cpu())
 
 
 def train_arm(settings, algo, credit, seed):

@@ -107,11 +107,225 @@ def gained(arms, rivals, width=0):
     return mean, f"{mean:+{width}.1f} [{low:+.1f}..{high:+.1f}]", f"{ahead} of {len(arms)}"
 
 
-def spread(values, digits=1, width=0):
-    """Mean and range of a value a seed."""
+def spread(values, digits=1, ranged=True, width=0):
+    """Mean, and range over seeds, of a number an arm."""
     number = lambda x, width=0: f"{x:{width}.{digits}f}"
-    return number(np.mean(values), width) + (f" ({number(min(values))}..{number(max(values))})" if len(values) > 1 else "")
+    return number(np.mean(values), width) + (f" ({number(min(values))}..{number(max(values))})" if ranged and len(values) > 1 else "")
 
 
-# A column of a table: an arm -> its number
-def start(arm): return 100 * arm["eval_success"][0]
+COLUMNS = {  # head -> (an arm's number, its digits, whether the range over seeds is shown)
+    "before": (lambda arm: 100 * arm["eval_success"][0], 1, False),
+    "step 20": (lambda arm: 100 * arm["eval_success"][arm["eval_steps"].index(20)], 1, False),
+    "step 40": (lambda arm: 100 * arm["eval_success"][arm["eval_steps"].index(40)], 1, False),
+    "final": (lambda arm: 100 * arm["final_success"], 1),
+    "peak": (lambda arm: 100 * arm["peak_success"], 1),
+    "peak to final": (lambda arm: 100 * (arm["final_success"] - arm["peak_success"]), 1),
+    "at generated tokens": (lambda arm: 100 * np.interp(arm["least"], arm["eval_generated_tokens"], arm["eval_success"]), 1),
+    "facts that are true, %": (lambda arm: 100 * arm["eval"]["fact_accuracy"][-1], 1),
+    "facts a turn": (lambda arm: arm["eval"]["facts"][-1], 2),
+    "reasoning tokens a turn": (lambda arm: arm["eval"]["think_tokens"][-1], 1),
+    "their mean NLL, nats": (lambda arm: arm["eval"]["think_nll"][-1], 3),
+    "valid responses, %": (lambda arm: 100 * arm["eval"]["format_valid"][-1], 1),
+    "generated, thousands": (lambda arm: arm["eval_generated_tokens"][-1] / 1000, 0, False),
+    "updated, thousands": (lambda arm: arm["updated_tokens"] / 1000, 0, False),
+    "minutes on one core": (lambda arm: arm["seconds"] / 60, 1, False),
+    "steps": (lambda arm: arm["eval_steps"][-1], 0, False),
+    "random actions": (lambda arm: 100 * arm["floor"], 1, False),
+    "best play": (lambda arm: 100 * arm["ceiling"], 1, False)}
+
+
+def numbers(arms, column):
+    return [COLUMNS[column][0](arm) for arm in arms]
+
+
+def with_least(groups):
+    """{key: arms}, each with the tokens that all have generated: credits that sample by other rules generate other amounts."""
+    least = min(arm["eval_generated_tokens"][-1] for arms in groups.values() for arm in arms)
+    return {key: [arm | {"least": least} for arm in arms] for key, arms in groups.items()}
+
+
+def table(summary):
+    """The comparison as text: one row an algorithm and credit, means over seeds with their range."""
+    groups, c, seeds = by_algo_and_credit(summary), summary["config"], summary["config"]["seeds"]
+    rows, verdicts = [("arm", *(columns := ("before", "final", "peak", "peak to final")), "final, against uniform [95 %]")], []
+    for (algo, credit), arms in groups.items():
+        rivals, gain = groups.get((algo, "uniform"), []) if credit != "uniform" else [], ""
+        if rivals:
+            mean, gain, ahead = gained(arms, rivals, width=5)
+        rows.append((f"{algo} {credit}", *(spread(numbers(arms, column), width=5) for column in columns), gain))
+        if rivals and credit == "actfocus":
+            won = "ahead of" if mean > 0 else "behind" if mean < 0 else "level with"
+            verdicts.append(f"{algo}: ActFocus ends {abs(mean):.1f} points {won} uniform, ahead in {ahead} seeds")
+    verdicts += [f"{a['algo']} {a['credit']} seed {a['seed']} collapsed by step {a['collapsed_at']}: under 10 % valid responses"
+                 for a in summary["arms"] if a.get("collapsed_at") is not None]
+    if len(seeds) < 3:
+        verdicts.append(f"{len(seeds)} seed{'s prove' if len(seeds) > 1 else ' proves'} nothing: run with --seeds 0 1 2 or more")
+    return "\n".join([
+        f"Success in % on {c['eval_boards']} {c['boards']} boards x {c['eval_rollouts']} rollouts at temperature "
+        f"{EVAL_TEMPERATURE}, after {c['steps']} steps; mean (range) over seeds {' '.join(map(str, seeds))}; [95 %]: paired "
+        "bootstrap over seeds and boards", *aligned(rows),
+        f"random actions {100 * summary['floor']:.1f}, best play {100 * summary['ceiling']:.1f}", *verdicts,
+        *(costs(groups) if any("carl" in credit for _, credit in groups) else [])])
+
+
+def aligned(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def costs(groups):
+    """Lines of a second table: success at equal amounts of generated tokens, and what each credit took."""
+    groups = with_least(groups)
+    rows = [("arm", f"success at {next(iter(groups.values()))[0]['least'] / 1000:.0f}k generated tokens", "generated, k", "updated, k",
+             "minutes")]
+    for (algo, credit), arms in groups.items():
+        rows.append((f"{algo} {credit}", *(f"{np.mean(numbers(arms, column)):.1f}" for column in (
+            "at generated tokens", "generated, thousands", "updated, thousands", "minutes on one core"))))
+    return aligned(rows)
+
+
+def pyplot():
+    """matplotlib's, drawing to files, or None where it is not installed."""
+    try:
+        import matplotlib
+        matplotlib.use("agg")
+        import matplotlib.pyplot
+        return matplotlib.pyplot
+    except ImportError:
+        return None
+
+
+def plot(summary, path):
+    """Success over steps, mean and range over seeds; False where matplotlib is not installed."""
+    if not (plt := pyplot()):
+        return False
+    groups = by_algo_and_credit(summary)
+    algos = list(dict.fromkeys(algo for algo, _ in groups))
+    figure, axes = plt.subplots(1, len(algos), figsize=(5 * len(algos) + 1.5, 3.6), sharey=True, squeeze=False, layout="constrained")
+    for axis, algo in zip(axes[0], algos):
+        for credit, arms in ((credit, arms) for (name, credit), arms in groups.items() if name == algo):
+            curves, steps = np.array([arm["eval_success"] for arm in arms]), arms[0]["eval_steps"]  # [seeds, evaluations]
+            line, = axis.plot(steps, curves.mean(0), label=credit)
+            axis.fill_between(steps, curves.min(0), curves.max(0), alpha=0.2, color=line.get_color())
+        for name, what, above in (("floor", "random actions", 2), ("ceiling", "best play", -9)):
+            axis.axhline(summary[name], color="grey", linestyle=":", linewidth=1)
+            axis.annotate(what, (steps[0], summary[name]), xytext=(2, above), textcoords="offset points", fontsize=7)
+        axis.set(title=algo.upper(), xlabel="step", ylim=(0, 1.02))
+    axes[0][0].set_ylabel("success on evaluation boards")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def conclude(settings, agent, logs, minutes):
+    """Write the summary of a finished run, print its table, draw its curves."""
+    out, found = Path(settings.out), summary(settings, agent, logs)
+    write(out / "summary.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    print(table(found))
+    drawn = plot(found, out / "curves.png")
+    print(f"{minutes:.1f} minutes; written to {out}: metrics.jsonl, summary.json" + (", curves.png" if drawn else ""))
+
+
+# The tables of results/README.md ----------------------------------------------------------------------------------------
+
+
+def load(name):
+    return json.loads((README.parent / name).read_text())
+
+
+def rows(*runs, algo=None, credits=None, own="", seeds=range(99), label="", name="{algo}, {credit}{own}"):
+    """(label, name, arms, the arms with uniform credit, those with ActFocus's) of each algorithm and credit, or of those asked for.
+
+    own: settings of their own that these credits have.
+    """
+    words, groups = {"uniform": "uniform", "actfocus": "ActFocus", "carl": "CARL", "a2tgpo": "A2TGPO"}, {}
+    for run in (load(f"{run}/summary.json") for run in runs):
+        groups |= {key: [arm | {"floor": run["floor"], "ceiling": run["ceiling"]} for arm in arms if arm["seed"] in seeds]
+                   for key, arms in by_algo_and_credit(run).items()}
+    groups = with_least(groups)
+    for (of, credit), arms in groups.items():
+        if algo in (None, of) and credit in [x + own for x in credits or [credit]]:
+            methods, _, options = credit.partition(":")
+            yield label, name.format(algo=of.upper(), credit=" + ".join(words[method] for method in methods.split("+")), own=options
+                                     and f", {options.replace('=', ' ').replace(',', ', ')}"), arms, groups[
+                of, "uniform" + own], groups.get((of, "actfocus"))
+
+
+def before_training():
+    """The first row of the reasoning's table: one arm stands for all, since they started from one agent."""
+    label, _, (arm, *_), *rivals = next(rows("main"))
+    return label, "before training", [arm | {"eval": {name: values[:1] for name, values in arm["eval"].items()}}], *rivals
+
+
+SHORT, PAIR = {"name": "{credit}{own}"}, {"credits": ("uniform", "actfocus")}
+FIRST = PAIR | {"algo": "grpo", "seeds": range(3), "name": "{algo}, {credit}"}
+TABLES = {  # name -> its rows; its columns are those whose heads stand in the file
+    "main": lambda: rows("main"), "reasoning": lambda: [before_training(), *rows("main")],
+    "ablations": lambda: rows("ablations", **SHORT), "shop-alpha": lambda: rows("shop-alpha", **SHORT),
+    "rivals-sokoban": lambda: rows("rivals-sokoban", "rivals-sokoban-all", **SHORT),
+    "rivals-sudoku": lambda: rows("rivals-sudoku", **SHORT),
+    "plan": lambda: [*rows("main", **FIRST, label="the answer (default)"), *rows("plan-think", **FIRST, label="the reasoning")],
+    "no-filter": lambda: [*rows("main", **FIRST, label="a quarter of the groups, 1 update (default)"),
+                          *rows("no-filter", **FIRST, own=":keep=1,minibatch=128", label="all groups, 1 update"),
+                          *rows("no-filter", **FIRST, own=":keep=1", label="all groups, 4 updates"),
+                          *rows("no-filter-rates", **FIRST, own=":lr=3.3e-5", label="the same, lr 3.3e-5"),
+                          *rows("no-filter-rates", **FIRST, own=":lr=1e-5", label="the same, lr 1e-5"),
+                          *rows("no-filter-ppo", **FIRST | {"algo": "ppo"}, label="all groups, 4 updates")],
+    "others": lambda: [*rows("frozenlake", **PAIR, label="frozenlake"), *rows("rivals-sudoku", **PAIR, label="sudoku"),
+                       *rows("shop", **PAIR, label="shop"), *rows("shop-kl", **PAIR, label="shop, group filter, KL 0.001")]}
+
+
+def steps_to(arms, level):
+    """First step at which the mean curve reaches a level, between evaluations by a straight line."""
+    steps, success = arms[0]["eval_steps"], np.mean([arm["eval_success"] for arm in arms], axis=0)
+    return next((f"{s0 + (s1 - s0) * max(0.0, level - y0) / max(y1 - y0, 1e-12):.0f}"
+                 for s0, s1, y0, y1 in zip(steps, steps[1:], success, success[1:]) if y1 >= level), "-")
+
+
+def cell(head, label, name, arms, uniform, actfocus):
+    if head in ("environment", "trained on, a step", "the plan is made in"):
+        return label
+    if "against" in head:
+        rivals = uniform if "uniform" in head else actfocus
+        return "" if arms == rivals else ", ".join(gained(arms, rivals)[1:])
+    if head == "steps to uniform's final":
+        return steps_to(arms, np.mean([arm["final_success"] for arm in uniform]))
+    head = re.sub(r" \(\d+\)| \d+k", "", head)  # final (60), at 1321k generated tokens
+    return spread(numbers(arms, head), *COLUMNS[head][1:]) if head else name
+
+
+def diagnosis(kinds):
+    """Rows of correlations; an agent whose file is not there is left out."""
+    for file, title in (("base", "before training"), ("uniform", "GRPO, uniform, trained"), ("actfocus", "GRPO, ActFocus, trained")):
+        for signal in ("energy", "entropy", "nll", "shift") if (README.parent / f"diagnosis/{file}.json").exists() else ():
+            found = [load(f"diagnosis/{file}.json")["spearman"][f"{signal}, {kind}"] for kind in kinds]
+            yield [title, signal, *("constant" if r is None or r != r else f"{r:+.2f} [{low:+.2f}..{high:+.2f}]" for r, low, high in found)]
+
+
+def filled(text):
+    """results/README.md with every table made anew, under the heads that it has."""
+    def made(match):
+        heads, found = [head.strip() for head in match[3].split("|")[1:-1]], list(TABLES.get(match[2], list)())
+        cells = [[cell(head, *row) for head in heads] for row in found] or diagnosis(heads[2:])
+        heads = [re.sub(r"\d+k", f"{found[0][2][0]['least'] / 1000:.0f}k", head) for head in heads] if found else heads
+        lines = ["| " + " | ".join(line) + " |\n" for line in (heads, *cells)]
+        return match[1] + lines[0] + "|" + "---|" * len(heads) + "\n" + "".join(lines[1:]) + "<!-- end -->"
+    return re.sub(r"(<!-- table: (\S+) -->\n)(.*?\n).*?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+def main():
+    parser = argparse.ArgumentParser("python -m extras.report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("directory", nargs="?", type=Path, help="a run's output directory, for its table alone")
+    parser.add_argument("--write", action="store_true", help="put the tables into results/README.md")
+    options = parser.parse_args()
+    if options.directory:
+        print(table(json.loads((options.directory / "summary.json").read_text())))
+    elif options.write:
+        README.write_text(filled(README.read_text()))
+    else:
+        print(filled(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -85,7 +85,12 @@ class ArmFiles:
             raise ValueError(f"{self.checkpoint} was trained from agent {saved['agent']}, this is {arm.agent}")
         done = saved["step"] + 1 if saved and len(lines) > saved["step"] else 0
         if done:
-            arm.load_state_dict(saved)
+            for x, state in zip(arm.learners, saved["learners"]):
+                x.load_state_dict(state)
+            arm.bad_updates, arm.micro_batch = saved["bad_updates"], saved["micro_batch"]
+            arm.rng.bit_generator.state = json.loads(saved["rng"])
+            arm.generator.set_state(saved["generator"].cpu())
+            torch.set_rng_state(saved["torch_rng"].cpu())
         write(self.log, "".join(json.dumps(line) + "\n" for line in lines[:done]))  # a kill may have come between the two
         return done
 
@@ -97,7 +102,10 @@ class ArmFiles:
             if checkpoint or stopping:
                 file.flush()
                 os.fsync(file.fileno())
-                write(self.checkpoint, {"agent": arm.agent, "step": line["step"], **arm.state_dict()})
+                write(self.checkpoint, {  # everything that a step changes
+                    "agent": arm.agent, "step": line["step"], "learners": [x.state_dict() for x in arm.learners],
+                    "bad_updates": arm.bad_updates, "micro_batch": arm.micro_batch, "torch_rng": torch.get_rng_state(),
+                    "rng": json.dumps(arm.rng.bit_generator.state), "generator": arm.generator.get_state()})
         return stopping
 
 
