@@ -226,7 +226,7 @@ class Sokoban(Env):
         if size < 4 or boxes < 1 or inner < walls + 2 * boxes + 1:
             raise ValueError(f"size {size} has no room for {walls} walls, {boxes} boxes, their targets and the player")
         if not 1 <= min_moves <= max_moves <= playable:
-            raise ValueError(f"need 1 <= min_moves <= max_moves <= {playable}, the budget, got {min_moves}..{max_moves}")
+            raise ValueError(f"need 1 <= min_moves <= max_moves <= {playable} (the budget): {min_moves}..{max_moves}")
         if observation not in ("grid", "coordinates", "both"):
             raise ValueError(f"observation must be grid, coordinates or both, got {observation!r}")
         self.size, self.n_walls, self.n_boxes = size, walls, boxes
@@ -326,7 +326,8 @@ def draw_boards(env, rng, n, below, held_out):
     seeds = []
     for _ in range(100 * n):
         seed = int(rng.integers(below))
-        if env.reset(seed=seed)[0] not in held_out or len(held_out) == 1:  # 1: all look alike, the seed tells them apart
+        # Where all boards look alike, the seed is all that tells them apart.
+        if env.reset(seed=seed)[0] not in held_out or len(held_out) == 1:
             seeds.append(seed)
         if len(seeds) == n:
             return seeds

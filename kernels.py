@@ -115,7 +115,7 @@ class _TokenStats(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        active = ((d_logprobs != 0) | (d_entropy != 0)).nonzero()[:, 0]  # no work for masked tokens: their gradient is 0
+        active = ((d_logprobs != 0) | (d_entropy != 0)).nonzero()[:, 0]  # a masked token's gradient is 0
 
         def multiply(logits, rows):  # rows[n]: the block's tokens
             slope = _run(_slope, len(hidden) * len(weight), logits, targets[rows], ctx.temperature, d_logprobs[rows],
@@ -170,7 +170,7 @@ class TokenStats:
 
 
 def states(model, ids, response_mask):
-    """What predicts the N response tokens of ids[B, T]: (hidden[N, H], the head's weight[V, H] and bias, targets[N])."""
+    """What predicts the N response tokens of ids[B, T]: (hidden[N, H], head's weight[V, H], its bias, targets[N])."""
     hidden = model.base_model(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]: position t - 1 predicts token t
     here, head = response_mask[:, 1:], model.get_output_embeddings()
     hidden, weight = hidden[here], head.weight

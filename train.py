@@ -143,7 +143,7 @@ class Settings:
         return device
 
     def autocast(self):
-        """The context of forward passes. Weights and Adam's state stay float32: a rate of 1e-6 would round to nothing."""
+        """The context of a forward pass. Weights and Adam's state stay float32: 1e-6 would round to nothing."""
         return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.torch_device.type == "cuda")
 
     def evaluation_seeds(self):
