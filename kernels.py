@@ -138,8 +138,7 @@ class _TokenStats(torch.autograd.Function):
 
 
 def token_stats(hidden, weight, targets, *, bias=None, temperature=1.0):
-    """(logprobs[N], logsumexp[N], entropy[N]), float32 nats, of softmax(hidden @ weight.T + bias), never holding [N,
-    V].
+    """(logprobs[N], logsumexp[N], entropy[N]), float32 nats, of hidden @ weight.T + bias, never holding [N, V].
 
     hidden[N, H], weight[V, H], targets[N] integer, bias[V] or None; any float dtype, the statistics are computed in
     float32. logprobs and entropy are at `temperature` and carry gradients to hidden, weight and bias; logsumexp is that

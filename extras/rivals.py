@@ -51,7 +51,7 @@ class Branch(Transcript):
         return super().respond(ids, logprobs)
 
     def fork(self):
-        """The episode as it stands now, to be continued: what was sampled so far is context to it, no response of its own."""
+        """The episode as it stands, to be continued: what was sampled so far is context to it, no response of its own."""
         other = copy.copy(self)
         other.ids, other.logprobs, other.rewards = list(self.ids), list(self.logprobs), list(self.rewards)
         other.action_mask, other.turn_ids = [False] * len(self.ids), [-1] * len(self.ids)
@@ -85,13 +85,12 @@ class Tree:
         return own
 
     def critical(self):
-        """The node that is forked next: the largest H / n, H = mean NLL of the n responses there; the oldest of equals."""
+        """The node that is forked next: the largest H / n, H = mean NLL of its n responses; the oldest of equals."""
         return max(self.nodes, key=lambda node: statistics.fmean(edge.nll for edge in node[2]) / len(node[2]))
 
 
 def tree_advantages(parent, returns):
-    """CARL (arXiv 2512.04949): credit of every response in a tree of rollouts, parent[E], returns[E] -> advantages[E]
-    float32.
+    """CARL: credit of every response in a tree of rollouts, parent[E], returns[E] -> advantages[E] float32.
 
     An edge is one response; edges stand in the order they were sampled. parent[e]: the edge whose end state e continues
     from, -1 at the root. returns[e]: the episode's return where e ended it, nan elsewhere. With V(leaf) = its return
@@ -100,7 +99,7 @@ def tree_advantages(parent, returns):
     """
     parent, returns = torch.as_tensor(parent), torch.as_tensor(returns)
     if parent.shape != returns.shape or parent.dim() != 1 or (parent.is_floating_point() and len(parent)):
-        raise ValueError(f"parent and returns must be [E], parent integers, got {parent.dtype} of shape {tuple(parent.shape)}")
+        raise ValueError(f"parent and returns must be [E], parent integers: {parent.dtype}, {tuple(parent.shape)}")
     edges, ends = parent.tolist(), (~torch.isnan(returns)).tolist()
     if any(not -1 <= up < e for e, up in enumerate(edges)):
         raise ValueError("parent must name an earlier edge, or -1 at the root")
@@ -121,7 +120,7 @@ def tree_advantages(parent, returns):
 
 
 @torch.no_grad()
-def tree_rollout(model, tokenizer, envs, *, seeds, roots, forks, temperature, max_response_tokens, generator, max_context=None):
+def tree_rollout(model, tokenizer, envs, *, seeds, roots, forks, temperature, max_response_tokens, generator):
     """A tree of rollouts for each seed, by CARL's rule -> Trajectories of P * (roots + forks) rows, tree by tree.
 
     `roots` episodes from the start, then `forks` times: the most critical state of each tree (Tree.critical) is
@@ -130,7 +129,8 @@ def tree_rollout(model, tokenizer, envs, *, seeds, roots, forks, temperature, ma
     covers what that row sampled; the ids before are another row's. notes: a row's edges, which tell how rows hang
     together, and their advantages.
     """
-    opened = begin(model, tokenizer, envs, [seed for seed in seeds for _ in range(roots)], max_response_tokens, max_context, Branch)
+    repeated = [seed for seed in seeds for _ in range(roots)]
+    opened = begin(model, tokenizer, envs, repeated, max_response_tokens, transcript=Branch)
     play(model, opened, temperature, max_response_tokens, generator)
     trees, rows = [Tree() for _ in seeds], [[] for _ in seeds]  # rows: (transcript, its edges)
     for i, transcript in enumerate(opened):
@@ -170,11 +170,12 @@ class Carl(Credit):
         return roots, self.tree_forks or max(1, self.settings.rollouts - roots)
 
     def play(self, arm, boards):
-        roots, forks = self.tree()
-        with arm.settings.autocast():
-            return tree_rollout(arm.policy, arm.tokenizer, [copy.deepcopy(arm.env) for _ in range(len(boards) * roots)], seeds=boards,
-                                roots=roots, forks=forks, temperature=arm.settings.temperature,
-                                max_response_tokens=arm.settings.max_response_tokens, generator=arm.generator)
+        (roots, forks), s = self.tree(), self.settings
+        envs = [copy.deepcopy(arm.env) for _ in range(len(boards) * roots)]
+        with s.autocast():
+            return tree_rollout(arm.policy, arm.tokenizer, envs, seeds=boards, roots=roots, forks=forks,
+                                temperature=s.temperature, max_response_tokens=s.max_response_tokens,
+                                generator=arm.generator)
 
     def filter(self, played):
         kept = super().filter(played)
@@ -223,8 +224,7 @@ class Probed(Transcript):
 
 @torch.no_grad()
 def beliefs(model, tokenizer, trajectories, micro_batch=16):
-    """Mean log-prob of the gold answer before the first turn and after each, [B, K + 1] float32; 0 past a row's last
-    turn.
+    """Mean log-prob of the gold answer before the first turn and after each, [B, K + 1]; 0 past a row's last turn.
 
     Teacher-forced: the gold answer follows the context and SCAFFOLD (A2TGPO). What is equal, the prompts of a group
     say, is read once. With nothing left to answer (a solved Sudoku) the belief is 0, the log of certainty.
@@ -252,8 +252,7 @@ def beliefs(model, tokenizer, trajectories, micro_batch=16):
 
 
 def turn_gain_advantages(gain, turn_mask, returns, group, *, gamma=1.0, scale=0.3):
-    """A2TGPO (arXiv 2605.06200): outcome plus information gain of each turn -> (advantages[B, K], normalised_gain[B,
-    K]).
+    """A2TGPO: outcome plus information gain of each turn -> (advantages[B, K], normalised_gain[B, K]).
 
     gain[B, K]: how much the mean log-prob of the gold answer rose in turn k (nats); turn_mask[B, K] bool: turns that
     were played; returns[B]; group[B]: trajectories of one prompt share a number. The gain is standardised among the
@@ -291,8 +290,7 @@ def turn_gain_advantages(gain, turn_mask, returns, group, *, gamma=1.0, scale=0.
 
 
 def turn_clip_scale(normalised_gain, turn_mask, *, strength=0.3):
-    """A2TGPO's adaptive clip: factor c[B, K] on the clip range, 1 + strength * (2 sigmoid(gain) - 1), and 1 in the last
-    turn.
+    """A2TGPO's adaptive clip: a factor c[B, K], 1 + strength * (2 sigmoid(gain) - 1), and 1 in the last turn.
 
     The range of a turn is [1 - c * clip_low, 1 + c * clip_high]: wider where a turn brought more than its peers' did.
     """
@@ -304,8 +302,7 @@ def turn_clip_scale(normalised_gain, turn_mask, *, strength=0.3):
 
 
 def turn_logprobs(logprobs, old_logprobs, turn_ids):
-    """Log-probs whose ratio to old_logprobs is that of the whole turn, all [B, T], for weighted_policy_loss (A2TGPO,
-    GSPO).
+    """Log-probs whose ratio to old_logprobs is the whole turn's, all [B, T], for weighted_policy_loss (A2TGPO, GSPO).
 
     The ratio's value is exp(mean log-ratio of the turn's tokens), its gradient the token's own (straight-through).
     turn_ids: the turn of each response token, -1 elsewhere. A turn must not be split between calls.
@@ -330,7 +327,7 @@ class A2tgpo(Credit):
     def check(self, env):
         super().check(env)
         if env.gold() is None:
-            raise ValueError(f"credits: a2tgpo needs an environment with a gold answer, and {self.settings.env} has none")
+            raise ValueError(f"credits: a2tgpo needs an environment with a gold answer: {self.settings.env} has none")
         if self.turn_clip not in ("paper", "common"):
             raise ValueError(f"credits: turn_clip must be paper or common, got {self.turn_clip!r}")
 
@@ -341,7 +338,8 @@ class A2tgpo(Credit):
 
     def advantages(self, batch):
         with self.settings.autocast():
-            belief = beliefs(self.arm.policy, self.arm.tokenizer, batch, self.settings.micro_batch).to(batch.ids.device)  # [B, K + 1]
+            belief = beliefs(self.arm.policy, self.arm.tokenizer, batch, self.settings.micro_batch)  # [B, K + 1]
+        belief = belief.to(batch.ids.device)
         played = torch.arange(belief.shape[1] - 1, device=belief.device) < batch.turns[:, None]  # [B, K]
         advantages, gain = turn_gain_advantages(belief.diff(dim=1), played, batch.returns, batch.seeds)
         of_token = lambda x: x.gather(1, batch.turn_ids.clamp(min=0))  # [B, K] -> [B, T]
@@ -349,5 +347,6 @@ class A2tgpo(Credit):
         return of_token(advantages) * batch.response_mask
 
     def ratio(self, logprobs, batch):
-        low, high = self.paper_clip if self.turn_clip == "paper" else (self.settings.clip_low, self.settings.clip_high)
-        return turn_logprobs(logprobs, batch.old_logprobs, batch.turn_ids), batch.clip_scale * low, batch.clip_scale * high
+        common, scale = (self.settings.clip_low, self.settings.clip_high), batch.clip_scale
+        low, high = self.paper_clip if self.turn_clip == "paper" else common
+        return turn_logprobs(logprobs, batch.old_logprobs, batch.turn_ids), scale * low, scale * high

@@ -74,8 +74,7 @@ def search(seed, size, query, k1=1.5, b=0.75):
 
 
 class Shop(Env):
-    """Find the product that an instruction describes, choose its options and buy it: WebShop's task with a generated
-    catalogue.
+    """Find the product that an instruction describes, choose its options, buy it: WebShop's task, another catalogue.
 
     The reward comes with the purchase: score = type * (attributes + options + price) / (wanted attributes + wanted
     options + 1), where the first three count what was asked for and is there, price is 1 if it is within the limit, and
