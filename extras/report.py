@@ -8,6 +8,7 @@ A test holds results/README.md to what this makes.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -67,8 +68,7 @@ def random_floor(env, seeds, episodes=16):
     """Success rate of uniformly random actions on the instances of `seeds`, `episodes` plays of each."""
     rng, wins = np.random.default_rng(0), 0
     for seed in np.repeat(seeds, episodes).tolist():
-        env.reset(seed=seed)
-        over = False
+        _, over = env.reset(seed=seed), False
         while not over:
             *_, terminated, truncated, info = env.step(response([env.random_action(rng) for _ in range(env.actions_per_turn)]))
             over = terminated or truncated
@@ -78,7 +78,8 @@ def random_floor(env, seeds, episodes=16):
 
 def mean_ceiling(env, seeds):
     """Success rate of the best play on the instances of `seeds`."""
-    return sum(env.ceiling() for seed in seeds if env.reset(seed=seed)) / len(seeds)
+    ceiling = lambda seed: (env.reset(seed=seed), env.ceiling())[1]
+    return sum(map(ceiling, seeds)) / len(seeds)
 
 
 def by_algo_and_credit(summary):
@@ -89,70 +90,74 @@ def by_algo_and_credit(summary):
     return groups
 
 
+@functools.cache
+def resamples(seeds, boards, draws):
+    """Indices drawn with replacement, the same ones for all: ([draws, seeds], [draws, boards])."""
+    rng = np.random.default_rng(0)
+    drawn = [(rng.integers(seeds, size=seeds), rng.integers(boards, size=boards)) for _ in range(draws)]
+    return [np.array(indices) for indices in zip(*drawn)]
+
+
 def paired_gain(arms, rivals, draws=10_000):
     """Mean of final success minus the rivals', with a 95 % interval from a paired bootstrap over seeds and boards.
 
     Arms and rivals are paired by seed. With few seeds the interval is too narrow: three seeds cannot show how seeds vary.
     """
     difference = np.array([np.subtract(a["final_board_success"], b["final_board_success"]) for a, b in zip(arms, rivals)])
-    rng, (seeds, boards) = np.random.default_rng(0), difference.shape
-    again = [difference[rng.integers(seeds, size=seeds)][:, rng.integers(boards, size=boards)].mean() for _ in range(draws)]
+    seeds, boards = resamples(*difference.shape, draws)
+    again = difference[seeds[:, :, None], boards[:, None]].mean((1, 2))
     return difference.mean(), *np.percentile(again, [2.5, 97.5])
 
 
 def gained(arms, rivals, width=0):
-    """The gain in points, the same as text with its interval, and how many seeds end ahead."""
+    """The gain in points, the same as text with its interval, and in how many seeds the arms end ahead."""
     mean, low, high = (100 * x for x in paired_gain(arms, rivals))
     ahead = sum(a["final_success"] > b["final_success"] for a, b in zip(arms, rivals))
     return mean, f"{mean:+{width}.1f} [{low:+.1f}..{high:+.1f}]", f"{ahead} of {len(arms)}"
 
 
-def spread(values, digits=1, ranged=True, width=0):
-    """Mean, and range over seeds, of a number an arm."""
-    number = lambda x, width=0: f"{x:{width}.{digits}f}"
-    return number(np.mean(values), width) + (f" ({number(min(values))}..{number(max(values))})" if ranged and len(values) > 1 else "")
-
-
 COLUMNS = {  # head -> (an arm's number, its digits, whether the range over seeds is shown)
-    "before": (lambda arm: 100 * arm["eval_success"][0], 1, False),
-    "step 20": (lambda arm: 100 * arm["eval_success"][arm["eval_steps"].index(20)], 1, False),
-    "step 40": (lambda arm: 100 * arm["eval_success"][arm["eval_steps"].index(40)], 1, False),
-    "final": (lambda arm: 100 * arm["final_success"], 1),
-    "peak": (lambda arm: 100 * arm["peak_success"], 1),
-    "peak to final": (lambda arm: 100 * (arm["final_success"] - arm["peak_success"]), 1),
-    "at generated tokens": (lambda arm: 100 * np.interp(arm["least"], arm["eval_generated_tokens"], arm["eval_success"]), 1),
-    "facts that are true, %": (lambda arm: 100 * arm["eval"]["fact_accuracy"][-1], 1),
-    "facts a turn": (lambda arm: arm["eval"]["facts"][-1], 2),
-    "reasoning tokens a turn": (lambda arm: arm["eval"]["think_tokens"][-1], 1),
-    "their mean NLL, nats": (lambda arm: arm["eval"]["think_nll"][-1], 3),
-    "valid responses, %": (lambda arm: 100 * arm["eval"]["format_valid"][-1], 1),
-    "generated, thousands": (lambda arm: arm["eval_generated_tokens"][-1] / 1000, 0, False),
-    "updated, thousands": (lambda arm: arm["updated_tokens"] / 1000, 0, False),
-    "minutes on one core": (lambda arm: arm["seconds"] / 60, 1, False),
-    "steps": (lambda arm: arm["eval_steps"][-1], 0, False),
-    "random actions": (lambda arm: 100 * arm["floor"], 1, False),
-    "best play": (lambda arm: 100 * arm["ceiling"], 1, False)}
+    "before": (lambda a: 100 * a["eval_success"][0], 1, False),
+    "step 20": (lambda a: 100 * a["eval_success"][a["eval_steps"].index(20)], 1, False),
+    "step 40": (lambda a: 100 * a["eval_success"][a["eval_steps"].index(40)], 1, False),
+    "final": (lambda a: 100 * a["final_success"], 1, True), "peak": (lambda a: 100 * a["peak_success"], 1, True),
+    "peak to final": (lambda a: 100 * (a["final_success"] - a["peak_success"]), 1, True),
+    "at generated tokens": (lambda a: 100 * np.interp(a["least"], a["eval_generated_tokens"], a["eval_success"]), 1, True),
+    "generated, thousands": (lambda a: a["eval_generated_tokens"][-1] / 1000, 0, False),
+    "updated, thousands": (lambda a: a["updated_tokens"] / 1000, 0, False),
+    "minutes on one core": (lambda a: a["seconds"] / 60, 1, False),
+    "facts that are true, %": (lambda a: 100 * a["eval"]["fact_accuracy"][-1], 1, True),
+    "facts a turn": (lambda a: a["eval"]["facts"][-1], 2, True),
+    "reasoning tokens a turn": (lambda a: a["eval"]["think_tokens"][-1], 1, True),
+    "their mean NLL, nats": (lambda a: a["eval"]["think_nll"][-1], 3, True),
+    "valid responses, %": (lambda a: 100 * a["eval"]["format_valid"][-1], 1, True),
+    "steps": (lambda a: a["eval_steps"][-1], 0, False), "random actions": (lambda a: 100 * a["floor"], 1, False),
+    "best play": (lambda a: 100 * a["ceiling"], 1, False)}
 
 
-def numbers(arms, column):
-    return [COLUMNS[column][0](arm) for arm in arms]
+def shown(arms, head, digits=None, width=0):
+    """A column's mean over the arms of an algorithm and credit, with the range over seeds."""
+    value, usual, ranged = COLUMNS[head]
+    values, number = [value(arm) for arm in arms], lambda x, width=0: f"{x:{width}.{usual if digits is None else digits}f}"
+    ranged = (ranged or width) and len(arms) > 1
+    return number(np.mean(values), width) + (f" ({number(min(values))}..{number(max(values))})" if ranged else "")
 
 
 def with_least(groups):
-    """{key: arms}, each with the tokens that all have generated: credits that sample by other rules generate other amounts."""
+    """{key: arms}, which now know how many tokens all have generated: credits with other rules generate other amounts."""
     least = min(arm["eval_generated_tokens"][-1] for arms in groups.values() for arm in arms)
-    return {key: [arm | {"least": least} for arm in arms] for key, arms in groups.items()}
+    return {key: [arm | {"least": least} for arm in arms] for key, arms in groups.items()}, f"{least / 1000:.0f}k"
 
 
 def table(summary):
     """The comparison as text: one row an algorithm and credit, means over seeds with their range."""
     groups, c, seeds = by_algo_and_credit(summary), summary["config"], summary["config"]["seeds"]
-    rows, verdicts = [("arm", *(columns := ("before", "final", "peak", "peak to final")), "final, against uniform [95 %]")], []
+    rows, verdicts = [("arm", *(heads := ("before", "final", "peak", "peak to final")), "final, against uniform [95 %]")], []
     for (algo, credit), arms in groups.items():
         rivals, gain = groups.get((algo, "uniform"), []) if credit != "uniform" else [], ""
         if rivals:
             mean, gain, ahead = gained(arms, rivals, width=5)
-        rows.append((f"{algo} {credit}", *(spread(numbers(arms, column), width=5) for column in columns), gain))
+        rows.append((f"{algo} {credit}", *(shown(arms, head, width=5) for head in heads), gain))
         if rivals and credit == "actfocus":
             won = "ahead of" if mean > 0 else "behind" if mean < 0 else "level with"
             verdicts.append(f"{algo}: ActFocus ends {abs(mean):.1f} points {won} uniform, ahead in {ahead} seeds")
@@ -168,48 +173,45 @@ def table(summary):
         *(costs(groups) if any("carl" in credit for _, credit in groups) else [])])
 
 
+def costs(groups):
+    """Lines of a second table: success at equal amounts of generated tokens, and what each credit took."""
+    groups, least = with_least(groups)
+    heads = ("at generated tokens", "generated, thousands", "updated, thousands", "minutes on one core")
+    return aligned([("arm", f"success at {least} generated tokens", "generated, k", "updated, k", "minutes"),
+                    *((f"{algo} {credit}", *(shown(arms, head, digits=1).split()[0] for head in heads))
+                      for (algo, credit), arms in groups.items())])
+
+
 def aligned(rows):
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-def costs(groups):
-    """Lines of a second table: success at equal amounts of generated tokens, and what each credit took."""
-    groups = with_least(groups)
-    rows = [("arm", f"success at {next(iter(groups.values()))[0]['least'] / 1000:.0f}k generated tokens", "generated, k", "updated, k",
-             "minutes")]
-    for (algo, credit), arms in groups.items():
-        rows.append((f"{algo} {credit}", *(f"{np.mean(numbers(arms, column)):.1f}" for column in (
-            "at generated tokens", "generated, thousands", "updated, thousands", "minutes on one core"))))
-    return aligned(rows)
-
-
 def pyplot():
     """matplotlib's, drawing to files, or None where it is not installed."""
     try:
-        import matplotlib
-        matplotlib.use("agg")
         import matplotlib.pyplot
-        return matplotlib.pyplot
     except ImportError:
         return None
+    matplotlib.pyplot.switch_backend("agg")
+    return matplotlib.pyplot
 
 
 def plot(summary, path):
     """Success over steps, mean and range over seeds; False where matplotlib is not installed."""
     if not (plt := pyplot()):
         return False
-    groups = by_algo_and_credit(summary)
-    algos = list(dict.fromkeys(algo for algo, _ in groups))
-    figure, axes = plt.subplots(1, len(algos), figsize=(5 * len(algos) + 1.5, 3.6), sharey=True, squeeze=False, layout="constrained")
+    algos = list(dict.fromkeys(arm["algo"] for arm in summary["arms"]))
+    figure, axes = plt.subplots(1, len(algos), figsize=(5 * len(algos) + 1.5, 3.6), sharey=True, squeeze=False,
+                                layout="constrained")
+    for (algo, credit), arms in by_algo_and_credit(summary).items():
+        curves, steps, axis = np.array([arm["eval_success"] for arm in arms]), arms[0]["eval_steps"], axes[0][algos.index(algo)]
+        line, = axis.plot(steps, curves.mean(0), label=credit)
+        axis.fill_between(steps, curves.min(0), curves.max(0), alpha=0.2, color=line.get_color())
     for axis, algo in zip(axes[0], algos):
-        for credit, arms in ((credit, arms) for (name, credit), arms in groups.items() if name == algo):
-            curves, steps = np.array([arm["eval_success"] for arm in arms]), arms[0]["eval_steps"]  # [seeds, evaluations]
-            line, = axis.plot(steps, curves.mean(0), label=credit)
-            axis.fill_between(steps, curves.min(0), curves.max(0), alpha=0.2, color=line.get_color())
         for name, what, above in (("floor", "random actions", 2), ("ceiling", "best play", -9)):
             axis.axhline(summary[name], color="grey", linestyle=":", linewidth=1)
-            axis.annotate(what, (steps[0], summary[name]), xytext=(2, above), textcoords="offset points", fontsize=7)
+            axis.annotate(what, (0, summary[name]), xytext=(2, above), textcoords="offset points", fontsize=7)
         axis.set(title=algo.upper(), xlabel="step", ylim=(0, 1.02))
     axes[0][0].set_ylabel("success on evaluation boards")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
@@ -230,41 +232,32 @@ def conclude(settings, agent, logs, minutes):
 # The tables of results/README.md ----------------------------------------------------------------------------------------
 
 
-def load(name):
-    return json.loads((README.parent / name).read_text())
+def rows(*runs, algo=None, credits=None, own="", seeds=range(99), label="", before=False):
+    """(label, name, arms, uniform credit's arms, ActFocus's) of each algorithm and credit of the runs, or of those asked for.
 
-
-def rows(*runs, algo=None, credits=None, own="", seeds=range(99), label="", name="{algo}, {credit}{own}"):
-    """(label, name, arms, the arms with uniform credit, those with ActFocus's) of each algorithm and credit, or of those asked for.
-
-    own: settings of their own that these credits have.
+    own: the settings that these credits have; before: a first row of the agent before training, the same for all arms.
     """
     words, groups = {"uniform": "uniform", "actfocus": "ActFocus", "carl": "CARL", "a2tgpo": "A2TGPO"}, {}
-    for run in (load(f"{run}/summary.json") for run in runs):
+    for run in (json.loads((README.parent / run / "summary.json").read_text()) for run in runs):
         groups |= {key: [arm | {"floor": run["floor"], "ceiling": run["ceiling"]} for arm in arms if arm["seed"] in seeds]
                    for key, arms in by_algo_and_credit(run).items()}
-    groups = with_least(groups)
+    groups, _ = with_least(groups)
+    if before:
+        arm = next(iter(groups.values()))[0]
+        yield label, "before training", [arm | {"eval": {name: x[:1] for name, x in arm["eval"].items()}}], [], []
     for (of, credit), arms in groups.items():
         if algo in (None, of) and credit in [x + own for x in credits or [credit]]:
-            methods, _, options = credit.partition(":")
-            yield label, name.format(algo=of.upper(), credit=" + ".join(words[method] for method in methods.split("+")), own=options
-                                     and f", {options.replace('=', ' ').replace(',', ', ')}"), arms, groups[
-                of, "uniform" + own], groups.get((of, "actfocus"))
+            methods, _, options = credit.removesuffix(own).partition(":")
+            name = [of.upper()] if label or len({algo for algo, _ in groups}) > 1 else []
+            name += [" + ".join(words[x] for x in methods.split("+")), *options.replace("=", " ").split(",")]
+            yield label, ", ".join(filter(None, name)), arms, groups[of, "uniform" + own], groups.get((of, "actfocus"))
 
 
-def before_training():
-    """The first row of the reasoning's table: one arm stands for all, since they started from one agent."""
-    label, _, (arm, *_), *rivals = next(rows("main"))
-    return label, "before training", [arm | {"eval": {name: values[:1] for name, values in arm["eval"].items()}}], *rivals
-
-
-SHORT, PAIR = {"name": "{credit}{own}"}, {"credits": ("uniform", "actfocus")}
-FIRST = PAIR | {"algo": "grpo", "seeds": range(3), "name": "{algo}, {credit}"}
-TABLES = {  # name -> its rows; its columns are those whose heads stand in the file
-    "main": lambda: rows("main"), "reasoning": lambda: [before_training(), *rows("main")],
-    "ablations": lambda: rows("ablations", **SHORT), "shop-alpha": lambda: rows("shop-alpha", **SHORT),
-    "rivals-sokoban": lambda: rows("rivals-sokoban", "rivals-sokoban-all", **SHORT),
-    "rivals-sudoku": lambda: rows("rivals-sudoku", **SHORT),
+PAIR = {"credits": ("uniform", "actfocus")}
+FIRST = PAIR | {"algo": "grpo", "seeds": range(3)}
+TABLES = {  # name -> its rows, if they are not just those of the run of that name; its columns are those whose heads stand there
+    "reasoning": lambda: rows("main", before=True),
+    "rivals-sokoban": lambda: rows("rivals-sokoban", "rivals-sokoban-all"),
     "plan": lambda: [*rows("main", **FIRST, label="the answer (default)"), *rows("plan-think", **FIRST, label="the reasoning")],
     "no-filter": lambda: [*rows("main", **FIRST, label="a quarter of the groups, 1 update (default)"),
                           *rows("no-filter", **FIRST, own=":keep=1,minibatch=128", label="all groups, 1 update"),
@@ -276,13 +269,6 @@ TABLES = {  # name -> its rows; its columns are those whose heads stand in the f
                        *rows("shop", **PAIR, label="shop"), *rows("shop-kl", **PAIR, label="shop, group filter, KL 0.001")]}
 
 
-def steps_to(arms, level):
-    """First step at which the mean curve reaches a level, between evaluations by a straight line."""
-    steps, success = arms[0]["eval_steps"], np.mean([arm["eval_success"] for arm in arms], axis=0)
-    return next((f"{s0 + (s1 - s0) * max(0.0, level - y0) / max(y1 - y0, 1e-12):.0f}"
-                 for s0, s1, y0, y1 in zip(steps, steps[1:], success, success[1:]) if y1 >= level), "-")
-
-
 def cell(head, label, name, arms, uniform, actfocus):
     if head in ("environment", "trained on, a step", "the plan is made in"):
         return label
@@ -291,26 +277,37 @@ def cell(head, label, name, arms, uniform, actfocus):
         return "" if arms == rivals else ", ".join(gained(arms, rivals)[1:])
     if head == "steps to uniform's final":
         return steps_to(arms, np.mean([arm["final_success"] for arm in uniform]))
-    head = re.sub(r" \(\d+\)| \d+k", "", head)  # final (60), at 1321k generated tokens
-    return spread(numbers(arms, head), *COLUMNS[head][1:]) if head else name
+    return shown(arms, re.sub(r" \(\d+\)| \d+k", "", head)) if head else name  # final (60), at 1321k generated tokens
+
+
+def steps_to(arms, level):
+    """First step at which the mean curve reaches a level, between evaluations by a straight line."""
+    steps, success = arms[0]["eval_steps"], np.mean([arm["eval_success"] for arm in arms], axis=0)
+    return next((f"{s0 + (s1 - s0) * max(0.0, level - y0) / max(y1 - y0, 1e-12):.0f}"
+                 for s0, s1, y0, y1 in zip(steps, steps[1:], success, success[1:]) if y1 >= level), "-")
 
 
 def diagnosis(kinds):
-    """Rows of correlations; an agent whose file is not there is left out."""
-    for file, title in (("base", "before training"), ("uniform", "GRPO, uniform, trained"), ("actfocus", "GRPO, ActFocus, trained")):
-        for signal in ("energy", "entropy", "nll", "shift") if (README.parent / f"diagnosis/{file}.json").exists() else ():
-            found = [load(f"diagnosis/{file}.json")["spearman"][f"{signal}, {kind}"] for kind in kinds]
-            yield [title, signal, *("constant" if r is None or r != r else f"{r:+.2f} [{low:+.2f}..{high:+.2f}]" for r, low, high in found)]
+    """Rows of the correlations that extras.diagnose found for the agent before training."""
+    rho = json.loads((README.parent / "diagnosis" / "base.json").read_text())["spearman"]
+    for signal in ("energy", "entropy", "nll", "shift"):
+        found = [rho[f"{signal}, {kind}"] for kind in kinds]
+        yield "before training", signal, *("constant" if r is None or np.isnan(r) else f"{r:+.2f} [{low:+.2f}..{high:+.2f}]"
+                                           for r, low, high in found)
 
 
 def filled(text):
     """results/README.md with every table made anew, under the heads that it has."""
     def made(match):
-        heads, found = [head.strip() for head in match[3].split("|")[1:-1]], list(TABLES.get(match[2], list)())
-        cells = [[cell(head, *row) for head in heads] for row in found] or diagnosis(heads[2:])
-        heads = [re.sub(r"\d+k", f"{found[0][2][0]['least'] / 1000:.0f}k", head) for head in heads] if found else heads
+        heads = [head.strip() for head in match[3].split("|")[1:-1]]
+        if match[2] == "diagnosis":
+            cells = diagnosis(heads[2:])
+        else:
+            found = list(TABLES.get(match[2], lambda: rows(match[2]))())
+            cells = [[cell(head, *row) for head in heads] for row in found]
+            heads = [re.sub(r"\d+k", f"{found[0][2][0]['least'] / 1000:.0f}k", head) for head in heads]
         lines = ["| " + " | ".join(line) + " |\n" for line in (heads, *cells)]
-        return match[1] + lines[0] + "|" + "---|" * len(heads) + "\n" + "".join(lines[1:]) + "<!-- end -->"
+        return "".join([match[1], lines[0], "|", "---|" * len(heads), "\n", *lines[1:], "<!-- end -->"])
     return re.sub(r"(<!-- table: (\S+) -->\n)(.*?\n).*?<!-- end -->", made, text, flags=re.DOTALL)
 
 

@@ -1,21 +1,29 @@
 """Every formula of actfocus.py against a naive float64 version written from the paper's text."""
 
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from actfocus import (
+    CREDITS,
     SIGNALS,
+    ActFocus,
+    Credit,
     gae,
     group_advantages,
-    spearman,
     token_energy,
-    token_signal,
+    token_logprobs,
     token_weights,
     variance_filter,
     weighted_policy_loss,
+    whiten,
 )
+from extras.diagnose import spearman
+from extras.options import make_credit
+from train import Settings
 
 #          prompt  think  think  answer answer obs    think  answer pad
 RESPONSE = [False, True, True, True, True, False, True, True, False]
@@ -31,7 +39,7 @@ def test_energy_is_minus_logsumexp_of_raw_logits(randn):
     naive = [[-math.log(sum(math.exp(x) for x in row)) for row in rows] for rows in logits.tolist()]
     assert token_energy(logits).dtype == torch.float32
     torch.testing.assert_close(token_energy(logits), torch.tensor(naive), rtol=1e-6, atol=0)
-    torch.testing.assert_close(token_energy(logits + 3), token_energy(logits) - 3)  # not shift-invariant: no softmax before it
+    torch.testing.assert_close(token_energy(logits + 3), token_energy(logits) - 3)  # no softmax before it
 
 
 def test_energy_survives_huge_logits_and_half_precision():
@@ -96,17 +104,28 @@ def test_equal_energies_give_the_middle_of_the_range():
 def test_bad_arguments_are_named(change, name):
     arguments = {"signal": torch.zeros(2, 9), "action_mask": action_mask, "response_mask": response_mask} | change
     with pytest.raises(ValueError, match=name):
-        token_weights(arguments.pop("signal"), arguments.pop("action_mask"), arguments.pop("response_mask"), **arguments)
+        token_weights(**arguments)
 
 
-def test_the_four_signals(randn):
-    old, ref, energy, entropy = randn(2, 9), randn(2, 9), randn(2, 9), randn(2, 9)
-    signals = {name: token_signal(name, old_logprobs=old, ref_logprobs=ref, ref_energy=energy, ref_entropy=entropy)
-               for name in SIGNALS}
-    assert torch.equal(signals["energy"], energy) and torch.equal(signals["entropy"], entropy)
-    assert torch.equal(signals["nll"], -old) and torch.equal(signals["shift"], old - ref)
-    with pytest.raises(ValueError, match="signal"):
-        token_signal("loudness", old_logprobs=old, ref_logprobs=ref, ref_energy=energy, ref_entropy=entropy)
+def test_the_signals_are_what_they_are_called(randn):
+    logits, targets, old = 4 * randn(6, 7), torch.tensor([0, 6, 3, 3, 1, 5]), -randn(6).abs()
+    p = [[math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in logits.tolist()]
+    naive = {"energy": [-math.log(sum(math.exp(x) for x in row)) for row in logits.tolist()],
+             "entropy": [-sum(x * math.log(x) for x in row) for row in p],
+             "nll": [-x for x in old.tolist()],
+             "shift": [x - math.log(row[y]) for x, row, y in zip(old.tolist(), p, targets.tolist())]}
+    assert SIGNALS.keys() == naive.keys() | {"random"}
+    for name, values in naive.items():
+        assert SIGNALS[name](logits, targets, old).tolist() == pytest.approx(values, rel=1e-6)
+    logprobs = [math.log(row[y]) for row, y in zip(p, targets.tolist())]
+    assert token_logprobs(logits, targets).tolist() == pytest.approx(logprobs, rel=1e-12)
+    once, again = (SIGNALS["random"](logits, targets, old) for _ in range(2))
+    assert once.shape == (6,) and ((0 <= once) & (once < 1)).all() and not torch.equal(once, again)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_of_no_tokens_is_empty(name):
+    assert SIGNALS[name](torch.zeros(0, 7), torch.zeros(0, dtype=torch.long), torch.zeros(0)).shape == (0,)
 
 
 # Loss
@@ -195,6 +214,37 @@ def test_no_weight_no_loss(randn):
     assert loss == 0 and not logprobs.grad.any() and stats["ratio_mean"] == 0
 
 
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_sum", [None, 0.0])
+def test_without_any_weight_the_loss_is_0_in_every_precision(randn, dtype, weight_sum):
+    logprobs, old, advantages, weights = (x.detach().to(dtype) for x in loss_inputs(randn))
+    loss, stats = weighted_policy_loss(logprobs.requires_grad_(), old, advantages, 0 * weights, weight_sum=weight_sum)
+    loss.backward()
+    assert loss == 0 and not logprobs.grad.any() and all(value == 0 for value in stats.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_ratio_that_half_precision_cannot_hold_has_a_finite_loss_and_gradient(dtype):
+    """exp(13) is 442413, and float16 ends at 65504."""
+    logprobs, old, advantages = torch.zeros(3, 1, 16, dtype=dtype)
+    old[0, :2], advantages[0, :3] = -13, torch.tensor([1.0, -1.0, 1.0])
+    loss, stats = weighted_policy_loss(logprobs.requires_grad_(), old, advantages, torch.ones(1, 16, dtype=dtype))
+    loss.backward()
+    assert loss.item() == pytest.approx((-1.28 + math.exp(13) - 1) / 16, rel=1e-6)
+    assert logprobs.grad[0, :3].tolist() == pytest.approx([0, math.exp(13) / 16, -1 / 16], rel=1e-2)
+    assert stats["ratio_mean"].item() == pytest.approx((2 * math.exp(13) + 14) / 16, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_in_half_precision_add_up_as_others_do(dtype):
+    ones = torch.ones(1, 70_001, dtype=dtype)  # their sum is more than float16 can hold, and no number of bfloat16
+    loss, _ = weighted_policy_loss(0 * ones, 0 * ones, ones, ones)
+    assert loss.item() == pytest.approx(-1, rel=1e-6)
+
+
 def test_statistics_are_plain_means_over_tokens_that_count(randn):
     logprobs, old, advantages, weights = loss_inputs(randn)
     _, stats = weighted_policy_loss(logprobs, old, advantages, weights)
@@ -205,12 +255,26 @@ def test_statistics_are_plain_means_over_tokens_that_count(randn):
         ((log_ratio.exp() < 0.8) | (log_ratio.exp() > 1.28)).double().mean().item())
 
 
-@pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "advantages", "weights"])
+INPUTS = ("logprobs", "old_logprobs", "advantages", "weights")
+
+
+@pytest.mark.parametrize("name", INPUTS)
 def test_a_bad_number_on_a_token_that_counts_is_named(randn, name):
-    arguments = dict(zip(("logprobs", "old_logprobs", "advantages", "weights"), (x.detach() for x in loss_inputs(randn))))
+    arguments = dict(zip(INPUTS, (x.detach() for x in loss_inputs(randn))))
     arguments[name][0, 1] = float("nan")
     with pytest.raises(ValueError, match=name):
         weighted_policy_loss(**arguments)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"weights": torch.full((2, 9), -1.0)}, "weights"), ({"weights": torch.ones(2, 8)}, "weights"),
+    ({"weight_sum": 0.0}, "weight_sum"), ({"weight_sum": -1.0}, "weight_sum"), ({"weight_sum": math.nan}, "weight_sum"),
+    ({"clip_low": -0.1}, "clip_low"), ({"clip_low": 1.5}, "clip_low"), ({"clip_low": float("nan")}, "clip_low"),
+    ({"clip_high": -1.0}, "clip_high"), ({"clip_high": torch.zeros(9)}, "clip_high")])
+def test_weights_and_clip_ranges_that_make_no_sense_are_named(randn, change, words):
+    arguments = dict(zip(INPUTS, (x.detach() for x in loss_inputs(randn))))
+    with pytest.raises(ValueError, match=words):
+        weighted_policy_loss(**arguments | change)
 
 
 # Advantages
@@ -267,6 +331,28 @@ def test_observations_between_turns_change_no_advantage(randn):
     assert torch.equal(with_gaps[0][apart], advantages[0]) and torch.equal(with_gaps[1][apart], returns[0])
 
 
+def test_gae_of_integers_and_of_half_precision_is_that_of_their_values(randn):
+    rewards, values = (10 * randn(2, 9)).round().long(), (10 * randn(2, 9)).round().long()
+    expected = gae(rewards.double(), values.double(), response_mask, gamma=0.9, lam=0.8)
+    for dtype in (torch.long, torch.int32, torch.bfloat16, torch.float16, torch.float32):  # 40 is exact in each
+        actual = gae(rewards.to(dtype), values.to(dtype), response_mask, gamma=0.9, lam=0.8)
+        for a, e in zip(actual, expected):
+            assert a.dtype == torch.float32
+            torch.testing.assert_close(a.double(), e, atol=1e-5, rtol=1e-6)
+    mixed = gae(rewards, values.double(), response_mask, gamma=0.9, lam=0.8)
+    assert mixed[0].dtype == torch.float64 and torch.equal(mixed[0], expected[0])
+
+
+def test_whitened_is_mean_0_and_deviation_1_over_the_mask(randn):
+    x = torch.where(response_mask, 7 + 3 * randn(2, 9), float("nan"))
+    values = x[response_mask].tolist()
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    actual = whiten(x, response_mask)
+    assert actual[response_mask].tolist() == pytest.approx([(value - mean) / deviation for value in values], abs=1e-5)
+    assert not actual[~response_mask].any()
+
+
 def test_gae_with_1_1_is_return_minus_value(randn):
     rewards, values = randn(2, 9), randn(2, 9)
     advantages, _ = gae(rewards, values, response_mask)
@@ -295,5 +381,106 @@ def test_spearman_known_values():
     assert spearman(torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 20, 30, 25])) == pytest.approx(0.8)
     assert spearman(torch.arange(9.0), -torch.arange(9.0) ** 3) == pytest.approx(-1)
     # ranks 1 2.5 2.5 4 against 1 2 3 4
-    assert spearman(torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 2, 3, 4])) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    tied = spearman(torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 2, 3, 4]))
+    assert tied == pytest.approx(4.5 / math.sqrt(4.5 * 5))
     assert math.isnan(spearman(torch.ones(5), torch.arange(5.0))) and math.isnan(spearman(torch.ones(1), torch.ones(1)))
+
+
+# Credits
+
+
+def settings(**changes):
+    return Settings(**{"algos": ("grpo",), "prompts": 3, "rollouts": 2} | changes)
+
+
+def batch_of(randn):
+    return SimpleNamespace(signal=randn(2, 9), action_mask=action_mask, response_mask=response_mask,
+                           returns=torch.tensor([1.0, 4]), gae_advantages=randn(2, 9), weights=randn(2, 9).abs())
+
+
+def test_plain_credit_weighs_all_tokens_alike_and_actfocus_weighs_by_its_signal(randn):
+    batch, s = batch_of(randn), settings(alpha=0.3, beta=0.7, clip_low=0.1, clip_high=0.4)
+    plain, focused = (make_credit(name, "grpo", s) for name in ("uniform", "actfocus"))
+    assert torch.equal(plain.weights(batch), response_mask.float())
+    expected = token_weights(batch.signal, action_mask, response_mask, alpha=0.3, beta=0.7)
+    assert torch.equal(focused.weights(batch), expected) and expected.unique().numel() > 4
+    for credit in (plain, focused):
+        assert credit.ratio(batch.signal, batch) == (batch.signal, 0.1, 0.4)
+        assert credit.normaliser(batch) == batch.weights.sum()
+        z = 1.5 / (4.5 ** 0.5 + 1e-6)
+        torch.testing.assert_close(credit.advantages(batch), torch.tensor([[-z], [z]]) * response_mask)
+    of_ppo = make_credit("actfocus", "ppo", s).advantages(batch)
+    assert torch.equal(of_ppo, whiten(batch.gae_advantages, response_mask))
+
+
+@pytest.mark.parametrize("keep, algo, returns, rows", [
+    (0.4, "grpo", [[1, 2], [0, 5], [3, 3]], [2, 3]), (0.7, "grpo", [[1, 2], [0, 5], [3, 3]], [2, 3, 0, 1]),
+    (0.4, "ppo", [[1, 2], [0, 5], [3, 3]], [2, 3]), (1.0, "grpo", [[1, 2], [0, 5], [3, 3]], [0, 1, 2, 3, 4, 5]),
+    (1.0, "grpo", [[1, 1], [2, 2], [3, 3]], []), (1.0, "ppo", [[1, 1], [2, 2], [3, 3]], [0, 1, 2, 3, 4, 5]),
+    (0.4, "ppo", [[1, 1], [2, 2], [3, 3]], [])])
+def test_what_is_trained_on_are_whole_groups_and_all_of_them_without_the_filter(keep, algo, returns, rows):
+    """GRPO learns nothing where no group has any spread; PPO's critic does."""
+    returns = torch.tensor(returns, dtype=torch.float32).flatten()
+    played = SimpleNamespace(returns=returns, select=lambda rows: rows.tolist())
+    assert make_credit("uniform", algo, settings(keep=keep)).filter(played) == rows
+
+
+class Doubled(Credit):
+    """A credit method as somebody else would write it."""
+
+    factor, words = 2.0, "plain"
+
+    def advantages(self, batch):
+        return self.factor * super().advantages(batch)
+
+
+def test_methods_are_joined_and_have_settings_of_their_own(randn, monkeypatch):
+    monkeypatch.setitem(CREDITS, "doubled", f"{__name__}:Doubled")
+    s, batch = settings(), batch_of(randn)
+    joined = make_credit("doubled+actfocus:alpha=0.5,factor=3,words=other", "grpo", s)
+    assert isinstance(joined, ActFocus) and isinstance(joined, Doubled)
+    assert (joined.factor, joined.words, joined.settings.alpha, joined.settings.beta) == (3.0, "other", 0.5, s.beta)
+    plain = make_credit("uniform", "grpo", s)
+    assert torch.equal(joined.advantages(batch), 3 * plain.advantages(batch))
+    assert (joined.weights(batch)[response_mask & ~action_mask] == 0.5).all()
+    assert Doubled.factor == 2.0 and s == settings()
+    changed = dataclasses.asdict(joined.settings) | {"alpha": s.alpha, "credits": s.credits}
+    assert changed == dataclasses.asdict(s)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("magic", "magic"), ("", "not one of"), ("actfocus+magic", "magic"), ("actfocus+actfocus", "weights"),
+    ("doubled+carl", "advantages"), ("uniform+actfocus", "join"), ("actfocus+uniform", "join"),
+    ("actfocus:gravity=1", "gravity"), ("actfocus:steps=3", "steps"), ("actfocus:seeds=3", "seeds"),
+    ("actfocus:alpha=high", "high"), ("actfocus:alpha", "alpha"), ("actfocus:alpha=2", "alpha"),
+    ("actfocus:signal=loudness", "loudness"),
+    ("actfocus:_x=1", "_x"), ("doubled:factor=much", "much"), ("uniform:algo=ppo", "algo")])
+def test_a_credit_that_cannot_be_is_refused(monkeypatch, text, words):
+    monkeypatch.setitem(CREDITS, "doubled", Doubled)
+    with pytest.raises(ValueError, match=words):
+        make_credit(text, "grpo", settings())
+
+
+def test_a_method_says_which_algorithms_it_goes_with(monkeypatch):
+    monkeypatch.setattr(Doubled, "algos", ("ppo",))
+    monkeypatch.setitem(CREDITS, "doubled", Doubled)
+    make_credit("doubled", "ppo", settings()).check(None)
+    with pytest.raises(ValueError, match="--algos ppo alone"):
+        make_credit("doubled", "grpo", settings()).check(None)
+
+
+class Timid(Credit):
+    """Another one, for PPO alone, that can be joined with what has advantages of its own."""
+
+    algos = ("ppo",)
+
+    def weights(self, batch):
+        return super().weights(batch) / 2
+
+
+@pytest.mark.parametrize("text", ["timid+carl", "carl+timid"])
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_methods_that_are_joined_go_with_what_both_go_with(monkeypatch, text, algo):
+    monkeypatch.setitem(CREDITS, "timid", Timid)
+    with pytest.raises(ValueError, match="--algos|join"):
+        make_credit(text, algo, settings()).check(settings().make_env())

@@ -2,12 +2,20 @@
 
 import copy
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import scripted
 
 import env as environments
-from env import ENVS, make, response
+from env import ENVS, Env, draw_boards, make, response
+from extras.facts import accuracy, check, facts
+from extras.report import mean_ceiling, random_floor
+from extras.shop import catalogue, search
+from rollout import pack
 
 SEEDS = range(30)
 GRIDS = ["sokoban", "frozenlake"]  # whose actions are moves
@@ -22,7 +30,8 @@ def play(env, seed, choose):
     return results
 
 
-@pytest.mark.parametrize("options", [{}, {"walls": 0}, {"walls": 4}, {"size": 7, "boxes": 2}, {"min_moves": 4, "max_moves": 6}])
+@pytest.mark.parametrize("options", [{}, {"walls": 0}, {"walls": 4}, {"size": 7, "boxes": 2},
+                                     {"min_moves": 4, "max_moves": 6}])
 def test_every_sokoban_board_is_solvable_within_the_budget(options):
     env = make("sokoban", **options)
     for seed in SEEDS:
@@ -53,7 +62,7 @@ def test_sokoban_rewards_and_symbols():
     assert env.render() == "######\n#PXO_#\n#____#\n#____#\n#____#\n######"
     assert env.oracle() == ["Right"]
     before = copy.deepcopy(env)
-    assert env.move("Up") == pytest.approx(-0.1) and env.player == (1, 1)  # into the wall: nothing moves, the move still costs
+    assert env.move("Up") == pytest.approx(-0.1) and env.player == (1, 1)  # into the wall: the move still costs
     _, reward, terminated, _, info = env.step(response(["Right"]))
     assert reward == pytest.approx(-0.1 + 1 + 10) and terminated and info["success"]
     assert env.render().splitlines()[1] == "#_P√_#"
@@ -102,7 +111,7 @@ def test_frozenlake_ceiling_is_what_the_best_play_wins():
 def test_no_play_beats_the_ceiling_and_random_play_is_far_below():
     for name in GRIDS:
         env = make(name)
-        floor, ceiling = environments.random_floor(env, SEEDS), environments.mean_ceiling(env, SEEDS)
+        floor, ceiling = random_floor(env, SEEDS), mean_ceiling(env, SEEDS)
         wins = []
         for seed in SEEDS:
             for luck in range(10):
@@ -120,7 +129,7 @@ def test_no_play_beats_the_ceiling_and_random_play_is_far_below():
 @pytest.mark.parametrize("name", ENVS)
 def test_best_play_wins_and_random_play_hardly(name):
     env = make(name)
-    assert environments.mean_ceiling(env, SEEDS) > 0.9 and environments.random_floor(env, SEEDS, episodes=4) < 0.4
+    assert mean_ceiling(env, SEEDS) > 0.9 and random_floor(env, SEEDS, episodes=4) < 0.4
     if name != "frozenlake":  # where luck decides
         for seed in SEEDS:
             assert play(env, seed, lambda e: e.oracle()[:e.actions_per_turn])[-1][4]["success"]
@@ -152,9 +161,9 @@ def test_a_deep_copy_goes_on_with_the_same_luck(name):
 
 def noise(rng):
     """Random text, most of it near a valid response: pieces of responses, actions, tags, noise of several alphabets."""
-    pieces = ["<think>", "</think>", "<answer>", "</answer>", "||", " ", "\n", "Up", "place 3 at row 1 col 2", "1,2,3", "4,4,4",
-              "search[warm shirt]", "click[buy now]", "search[", "]", "click[b1]", "'; DROP TABLE boards; --", "\x00\x1b[2J\r",
-              "\u202e\ud7ff🙂é", "<think><answer></think>", "9" * 50, "%s%n{0}", "\\", "<|im_end|>"]
+    pieces = ["<think>", "</think>", "<answer>", "</answer>", "||", " ", "\n", "Up", "place 3 at row 1 col 2", "1,2,3",
+              "4,4,4", "search[warm shirt]", "click[buy now]", "search[", "]", "click[b1]", "'; DROP TABLE boards; --",
+              "\x00\x1b[2J\r", "\u202e\ud7ff🙂é", "<think><answer></think>", "9" * 50, "%s%n{0}", "\\", "<|im_end|>"]
     text = "".join(pieces[i] for i in rng.integers(len(pieces), size=rng.integers(12)))
     return response([text], text[:9]) if rng.random() < 0.3 else text
 
@@ -252,7 +261,8 @@ def test_prompts_say_what_the_paper_says(name):
     assert "<think>" in observation and "<answer>" in observation and "400 tokens" in observation
     assert all(action in env.system_prompt for action in env.actions) and "||" in env.system_prompt
     assert info == {"success": False, "valid": True}
-    later = env.step("")[0]
+    later, *_, info = env.step("")
+    assert info == {"success": False, "valid": False, "actions": []}
     assert later.startswith("Reward: -0.1\nTurn 2:") and "8 actions left" in later
 
 
@@ -263,12 +273,12 @@ def test_facts_are_true_and_their_opposites_false(name):
                 "in the row of": "above", "in the column of": "left of"}
     for seed in SEEDS:
         env.reset(seed=seed)
-        for fact in env.facts():
-            assert env.check_facts(fact) == (1, 1)
-        relation = env.facts()[0]
+        for fact in facts(env):
+            assert check(env, fact) == (1, 1)
+        relation = facts(env)[0]
         word = next(word for word in opposite if f" is {word} " in relation)
-        assert env.check_facts(relation.replace(word, opposite[word])) == (1, 0)
-        assert env.check_facts("The sky is blue.") == (0, 0)
+        assert check(env, relation.replace(word, opposite[word])) == (1, 0)
+        assert check(env, "The sky is blue.") == (0, 0)
 
 
 @pytest.mark.parametrize("name, options", [
@@ -284,6 +294,77 @@ def test_facts_are_true_and_their_opposites_false(name):
 def test_bad_options_are_a_value_error_that_names_them(name, options):
     with pytest.raises(ValueError, match=next(iter(options), name)):
         make(name, **options)
+
+
+class Coin(Env):
+    """The smallest environment: Heads wins. Every board looks alike."""
+
+    name, intro, actions = "coin", "Call it.", ("Heads", "Tails")
+
+    def __init__(self, *, sides=2, **budgets):
+        super().__init__(**budgets)
+        self.sides, self.up = sides, None
+
+    def instance(self):
+        self.up = None
+
+    def move(self, action):
+        self.up = action
+        return float(self.solved())
+
+    def render(self):
+        return f"up: {self.up}"
+
+    def solved(self):
+        return self.up == "Heads"
+
+    def oracle(self):
+        return ["Heads"]
+
+
+def test_an_environment_is_named_by_its_class_by_a_registered_name_or_by_where_it_is(monkeypatch):
+    monkeypatch.setitem(ENVS, "coin", Coin)
+    monkeypatch.setitem(ENVS, "dime", f"{__name__}:Coin")
+    for name in ("coin", "dime", f"{__name__}:Coin"):
+        env = make(name, sides=3, max_turns=2)
+        assert type(env) is Coin and (env.sides, env.max_turns) == (3, 2)
+        with pytest.raises(ValueError, match="edges"):
+            make(name, edges=1)
+    env.reset(seed=0)
+    assert env.step(response(["tails", "heads"]))[1:4] == (1.0, True, False)
+    assert mean_ceiling(env, SEEDS) == 1 and 0.9 < random_floor(env, SEEDS) < 1  # 1 - 1 / 2 ** 4
+    assert facts(env) == [] and env.gold() is None
+    assert check(env, "Up is a wall. The box is above the player.") == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["chess", "", "extras.chess:Chess", "extras.shop:Chess", "extras.shop:", ":Shop"])
+def test_an_environment_that_is_not_there_is_a_value_error_of_one_line(name):
+    with pytest.raises(ValueError) as error:
+        make(name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_environments_need_neither_torch_nor_the_extras_until_one_is_asked_for():
+    code = ("import sys, env\nassert not {'torch', 'extras', 'rollout'} & set(sys.modules)\n"
+            "env.make('sokoban').reset(seed=0)\nassert 'extras' not in sys.modules\n"
+            "env.make('frozenlake').reset(seed=0)\nassert 'extras.frozenlake' in sys.modules\n"
+            "assert 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(environments.__file__).parent)
+
+
+def test_boards_are_drawn_beside_those_that_are_held_out():
+    env = make("sokoban", size=5, walls=0, max_moves=2)
+    look = lambda seed: env.reset(seed=seed)[0]
+    everything = {look(seed) for seed in range(300)}
+    held_out = set(sorted(everything)[: len(everything) // 2])
+    drawn = draw_boards(env, np.random.default_rng(0), 40, 300, held_out)
+    assert len(drawn) == 40 and all(0 <= seed < 300 and look(seed) not in held_out for seed in drawn)
+    assert drawn == draw_boards(env, np.random.default_rng(0), 40, 300, held_out)
+    assert drawn != draw_boards(env, np.random.default_rng(1), 40, 300, held_out)
+    with pytest.raises(ValueError, match="held out"):
+        draw_boards(env, np.random.default_rng(0), 4, 300, everything)
+    coin = Coin()
+    assert len(draw_boards(coin, np.random.default_rng(0), 4, 300, {coin.reset(seed=0)[0]})) == 4  # all look alike
 
 
 def test_frozenlake_moves_like_gymnasiums():
@@ -436,7 +517,7 @@ def test_the_score_of_a_purchase_is_webshops():
     assert env.solved() and env.outcome() == {"purchased": 1.0, "score": 1.0}
     assert buy(shops[0], "search[compact wooden chair]", "click[b20]", "click[blue]", "click[small]", buy_now) == 4 / 5
     assert shops[0].failed() and shops[0].outcome() == {"purchased": 1.0, "score": 0.8}
-    assert buy(shops[1], "search[compact wooden chair]", "click[b5]", buy_now) == 2 / 5  # too expensive, no option chosen
+    assert buy(shops[1], "search[compact wooden chair]", "click[b5]", buy_now) == 2 / 5  # too expensive, no options
     lamp = next(p for p in env.products if p.category == "lamp" and p.price <= 81 and "wooden" in p.attributes)
     other = next(p for p in env.products if p.department == "clothing")
     assert shops[2].score(lamp, {}) == 0.5 * (len({"compact", "wooden"} & set(lamp.attributes)) + 1) / 5
@@ -445,7 +526,7 @@ def test_the_score_of_a_purchase_is_webshops():
 
 def test_search_ranks_by_bm25():
     """Against the formula, computed from the titles alone."""
-    products = environments.catalogue(0, 50)
+    products = catalogue(0, 50)
     documents = [f"{p.title} {p.category} {p.department}".split() for p in products]
     mean = np.mean([len(d) for d in documents])
 
@@ -454,11 +535,12 @@ def test_search_ranks_by_bm25():
         for word in words:
             n = sum(word in d for d in documents)
             f = document.count(word)
-            total += np.log(1 + (50 - n + 0.5) / (n + 0.5)) * f * (k1 + 1) / (f + k1 * (1 - b + b * len(document) / mean))
+            rarity = np.log(1 + (50 - n + 0.5) / (n + 0.5))
+            total += rarity * f * (k1 + 1) / (f + k1 * (1 - b + b * len(document) / mean))
         return total
     for query in ("warm cotton shirt", "wireless speaker", "kitchen", "zebra"):
         scores = [bm25(d, query.split()) for d in documents]
-        found = environments.search(0, 50, query)
+        found = search(0, 50, query)
         assert [scores[i] for i in found] == pytest.approx(sorted((x for x in scores if x), reverse=True))
 
 
@@ -497,6 +579,68 @@ def test_facts_hold_and_others_of_their_kind_do_not(name):
     false = {"sudoku": "Row 1 col 1 can be nothing.", "shop": "B299 fits."}[name]
     for seed in SEEDS:
         env.reset(seed=seed)
-        facts = env.facts()
-        assert facts and env.check_facts(" ".join(facts)) == (len(facts), len(facts))
-        assert env.check_facts(f"{false} I like it here.") == (1, 0)
+        true = facts(env)
+        assert true and check(env, " ".join(true)) == (len(true), len(true))
+        assert check(env, f"{false} I like it here.") == (1, 0)
+
+
+# Facts
+
+
+def test_the_facts_of_a_board_by_hand():
+    env = make("sokoban", walls=0, boxes=2)
+    env.reset(seed=0)
+    env.player, env.boxes, env.targets = (1, 2), frozenset({(1, 3), (2, 2)}), frozenset({(4, 2), (4, 4)})
+    env.walls |= {(1, 4)}
+    assert facts(env) == [
+        "The box 1 is in the row of the player.", "The box 1 is right of the player.",
+        "The target 1 is below the box 1.", "The target 1 is left of the box 1.",
+        "The box 2 is below the player.", "The box 2 is in the column of the player.",
+        "The target 2 is below the box 2.", "The target 2 is right of the box 2.",
+        "Up is a wall.", "Down pushes the box.", "Right is blocked by the box."]
+    env = make("frozenlake")
+    env.reset(seed=0)
+    env.player, env.goal, env.holes = (0, 1), (1, 1), frozenset({(0, 2)})
+    assert facts(env) == ["The goal is below the player.", "The goal is in the column of the player.",
+                          "Down is the goal.", "Right is a hole.", "Up is the edge."]
+    env = make("shop")
+    env.reset(seed=1)
+    assert facts(env) == ["You want red.", "You want small."]
+    buy(env, "search[compact wooden chair]")
+    assert {"B20 fits.", "B5 is too expensive."} <= set(facts(env))
+
+
+def test_claims_are_counted_and_held_to_the_state_wherever_they_stand():
+    env = make("sokoban", walls=0)
+    env.reset(seed=0)
+    env.player, env.boxes, env.targets = (1, 1), frozenset({(2, 2)}), frozenset({(3, 3)})
+    said = "Hm. Up is a wall. Down is a wall. The box is below the player. So I wait."
+    assert check(env, response(["Up"], said)) == (3, 2)
+    assert check(env, "Up is a wall.\nUp is a wall. up is a wall. Up is a wall") == (2, 2)
+    assert check(env, "") == (0, 0) and check(env, "<" * 1000 + "Up is a wall." + "\x00🙂") == (0, 0)
+
+
+@pytest.mark.parametrize("name, options", [("sokoban", {"walls": 0}), ("frozenlake", {"intended": 0.3})])
+@pytest.mark.parametrize("stopped_by", ["<|im_end|>", "<|endoftext|>"])
+def test_accuracy_plays_the_episodes_again_and_checks_every_claim_where_it_was_made(agent, name, options, stopped_by):
+    """FrozenLake's luck included, and whatever token ended the responses: a wrong replay shows as false claims."""
+    tokenizer, env = agent[1], make(name, **options)
+    expected, transcripts = [], []
+
+    def claim(state):
+        true = facts(state)
+        expected.append((len(true) + 1, len(true), state.render()))
+        return response(["Right"], f"I see. {' '.join(true)} The box is above the box.")
+    stop = None if stopped_by == tokenizer.eos_token else tokenizer.convert_tokens_to_ids(stopped_by)
+    for seed in range(8):
+        transcripts.append(scripted(tokenizer, copy.deepcopy(env), seed, itertools.repeat(claim), stop=stop))
+    stated, true, boards = zip(*expected)
+    assert len(set(boards)) > 16 and all(valid for t in transcripts for valid in t.valid)
+    found = accuracy(pack(transcripts), tokenizer, env)
+    assert found == {"facts": sum(stated) / len(stated), "fact_accuracy": sum(true) / sum(stated)}
+    assert env._over and not hasattr(env, "turn")  # the one that was handed over is as it was
+
+
+def test_who_claims_nothing_has_no_accuracy(agent):
+    played = pack([scripted(agent[1], make("sokoban"), 0, [response(["Up"], "Hm."), "what?"])])
+    assert accuracy(played, agent[1], make("sokoban")) == {"facts": 0, "fact_accuracy": None}

@@ -1,57 +1,106 @@
-"""What `--diagnose`, `--show` and the tables compute: correlations, gradient shares, intervals, shades."""
+"""What extras.diagnose, extras.show and extras.report compute: correlations, gradient shares, intervals, shades."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import math
 import re
+import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from test_train import RETURNS, command, learner, trajectories_of
+from test_train import BOARDS, BRIEF, arm_of, batch_of, run, strict, words
 
-import train
-from actfocus import spearman, token_weights
-from rollout import score
+from actfocus import SIGNALS, token_weights
+from extras import diagnose, report, show
+from extras.diagnose import gradient_shares, rank_correlation, spearman
+from extras.report import collapse, costs, paired_gain, table
+from extras.runs import ArmFiles
+from kernels import score
+from train import Settings
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(cache, directory) of a small finished run."""
-    cache, out = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("run")
-    result = command(cache, out, "--algos", "grpo", "--credits", "actfocus", "uniform:lr=3e-5", "--plan-in", "think")
-    assert result.returncode == 0, result.stderr
-    return cache, out
+    """(directory, checkpoint) of a small finished run."""
+    out = tmp_path_factory.mktemp("run")
+    code, _, error = run("--out", out, *BRIEF, "--algos", "grpo", "--credits", "actfocus", "uniform:lr=3e-5")
+    assert code == 0, error
+    return out, ArmFiles(out, "grpo", "actfocus", 0).checkpoint
 
 
-def test_a_credit_can_have_settings_of_its_own(trained):
-    summary = json.loads((trained[1] / "summary.json").read_text())
+def call(main, *arguments):
+    """A command in this process -> (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_a_summary_says_what_was_run_on_what(trained):
+    summary = strict((trained[0] / "summary.json").read_text())
     assert [arm["credit"] for arm in summary["arms"]] == ["actfocus", "uniform:lr=3e-5"]
-    assert "cache" not in summary["config"] and {"torch", "date", "cores"} <= summary["config"]["made_with"].keys()
-    settings = train.Settings(credits=("uniform", "actfocus:alpha=0.3,signal=nll"))
-    name, own = settings.of_arm("actfocus:alpha=0.3,signal=nll")
-    assert name == "actfocus" and own.alpha == 0.3 and own.signal == "nll" and own.lr == settings.lr
-    for wrong in ("actfocus:alpha=2", "actfocus:alpha", "actfocus:steps=3", "actfocus:alpha=x", "actfocus:signal=loud",
-                  "magic:lr=1"):
-        with pytest.raises(ValueError):
-            train.Settings(credits=(wrong,))
+    assert "out" not in summary["config"] and {"torch", "date", "cores"} <= summary["config"]["made_with"].keys()
+    for arm in summary["arms"]:
+        assert len(arm["eval_steps"]) == len(arm["eval_generated_tokens"]) == len(arm["eval"]["fact_accuracy"]) == 2
+        assert arm["updates"] > 0 and arm["updated_tokens"] > 0 and arm["eval_generated_tokens"][0] == 0
+
+
+def test_a_summary_counts_what_the_log_holds_and_knows_floor_and_ceiling():
+    lines = [{"algo": "grpo", "credit": "carl", "seed": 1, "step": 0, "eval_success": 0.5, "eval_board_success": [0.5],
+              "eval_format_valid": 1.0},
+             {"algo": "grpo", "credit": "carl", "seed": 1, "step": 1, "generated_tokens": 70, "updates": 2,
+              "seconds": 1.5, "updated_tokens": 9, "skipped_updates": 1, "eval_success": 0.25,
+              "eval_board_success": [0.25], "eval_format_valid": 0.5}]
+    settings = Settings(algos=("grpo",), credits=("carl",), eval_boards=3)
+    found = report.summary(settings, "abcd", [lines])
+    entry, = found["arms"]
+    assert entry["final_success"] == 0.25 and entry["peak_success"] == 0.5 and entry["eval_generated_tokens"] == [0, 70]
+    assert (entry["updates"], entry["updated_tokens"], entry["skipped_updates"]) == (2, 9, 1)
+    assert found["config"]["agent"] == "abcd" and 0 <= found["floor"] < found["ceiling"] == 1
+    assert json.dumps(found, allow_nan=False)
 
 
 # Diagnosis
 
 
-def test_the_diagnosis_of_an_agent_and_of_a_checkpoint(trained):
-    cache, out = trained
-    checkpoint = out / "checkpoints" / "grpo-actfocus-0.pt"
-    for arguments in ((), (checkpoint,)):
-        result = command(cache, out, "--plan-in", "think", "--groups", "7", "--diagnose", *arguments)
-        assert result.returncode == 0, result.stderr
-        found = json.loads((out / "diagnosis.json").read_text())
-        assert found["groups"] == 7 and found["agent"] == (str(checkpoint) if arguments else "base") and found["seconds"] > 0
-        assert 0 <= found["action_fraction"] < 1 and len(found["spearman"]) == 12
-        for words in ("action tokens:", "Spearman", "energy", "shift", "seconds"):
-            assert words in result.stdout
-    # the base agent is its own reference: its log-probs have not shifted
-    assert "groups of 4" in result.stdout and (out / "metrics.jsonl").exists()
+def test_the_diagnosis_of_an_agent_and_of_a_checkpoint(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # not installed: no picture
+    out, checkpoint = trained
+    for arguments in (words([]), ["--checkpoint", checkpoint, "--signal", "nll"]):  # with its run's other settings
+        code, output, error = call(diagnose.main, *arguments, "--groups", "4", "--out", tmp_path)
+        assert code == 0, error
+        found = strict((tmp_path / "diagnosis.json").read_text())
+        assert found["groups"] == 4 and found["seconds"] > 0 and found["config"]["rollouts"] == 4
+        assert found["agent"] == (str(checkpoint) if "--checkpoint" in arguments else "base")
+        assert 0 < found["action_fraction"] < 1 and len(found["spearman"]) == 3 * (len(SIGNALS) - 1)
+        assert all(rho is None or -1 <= low <= rho <= high <= 1 for rho, low, high in found["spearman"].values())
+        uniform, focused = (found["grad_share_action"][credit] for credit in ("uniform", "actfocus"))
+        assert 0 < uniform < focused < 1 and found["groups_with_spread"] > 0
+        shifts = [rho for name, (rho, *_) in found["spearman"].items() if name.startswith("shift")]
+        assert (shifts == [None] * 3) == (found["agent"] == "base")  # it is its own reference: rounding is no signal
+        for part in ("groups of 4", "action tokens:", "Spearman", "energy", "shift", f"ranked by {found['signal']}:"):
+            assert part in output
+    assert found["signal"] == "nll" and (out / "metrics.jsonl").exists() and not (out / "diagnosis.json").exists()
+
+
+def test_an_agent_without_an_answer_is_diagnosed_too(agent, tmp_path):
+    """Neither action tokens nor spread: what cannot be told is null, not NaN."""
+    for part in agent[:2]:
+        part.save_pretrained(tmp_path / "agent")
+    code, output, error = call(diagnose.main, *words([]), "--model", tmp_path / "agent", "--max-response-tokens", "3",
+                               "--groups", "2", "--out", tmp_path)
+    assert code == 0 and "constant" in output, error
+    found = strict((tmp_path / "diagnosis.json").read_text())
+    assert found["action_fraction"] == found["groups_with_spread"] == 0
+    assert set(map(tuple, found["spearman"].values())) == {(None, None, None)}
 
 
 def test_the_interval_holds_the_correlation_and_shrinks_with_more_groups():
@@ -60,84 +109,126 @@ def test_the_interval_holds_the_correlation_and_shrinks_with_more_groups():
     for n in (40, 400):
         x = torch.randn(n, generator=generator)
         y = x + torch.randn(n, generator=generator)
-        rho, low, high = train.rank_correlation(x, y, np.random.default_rng(0), draws=300)
+        rho, low, high = rank_correlation(x, y, np.random.default_rng(0), draws=300)
         assert rho == spearman(x, y) and low < rho < high and 0.3 < rho < 0.95
         widths.append(high - low)
     assert widths[1] < 0.5 * widths[0]
-    assert all(map(math.isnan, train.rank_correlation(torch.ones(9), torch.arange(9.0), np.random.default_rng(0))))
+    assert all(map(math.isnan, rank_correlation(torch.ones(9), torch.arange(9.0), np.random.default_rng(0))))
 
 
 def test_groups_without_an_action_token_are_left_out():
     x, y = torch.tensor([1.0, math.nan, 2.0, 3.0, 4.0]), torch.tensor([1.0, 99.0, 2.0, 3.0, 4.0])
-    assert train.rank_correlation(x, y, np.random.default_rng(0), draws=50)[0] == pytest.approx(1)
+    assert rank_correlation(x, y, np.random.default_rng(0), draws=50)[0] == pytest.approx(1)
 
 
-def test_the_two_parts_of_the_gradient_are_the_losss(agent):
+def test_the_two_parts_of_the_gradient_are_the_losss():
     """Against a loss written out with full logits, differentiated once for action tokens and once for the others."""
-    made = learner(agent, "grpo", "actfocus", micro_batch=2, entropy_coef=0.0)
-    data = trajectories_of(agent, RETURNS)
-    batch = made.prepare(*train.group_credit(data, data.returns.view(2, 3), None))
-    shares = train.gradient_shares(made, batch, torch.arange(6))
-    model, mask, action = made.policy, data.response_mask[:, 1:], data.action_mask[:, 1:]
-    log_p = torch.log_softmax(model(data.ids).logits[:, :-1], -1).gather(-1, data.ids[:, 1:, None])[..., 0]
-    energy = score(made.reference, data.ids, data.response_mask).logsumexp.detach().neg()
-    for credit, (alpha, beta) in {"uniform": (1, 0), "actfocus": (0.1, 0.5)}.items():
-        weights = token_weights(energy, data.action_mask, data.response_mask, alpha=alpha, beta=beta)[:, 1:]
-        for share, tokens in zip(shares[credit], (action, mask & ~action)):
-            loss = -(weights * batch["advantages"][:, 1:] * log_p * tokens).sum() / weights.sum()
-            gradient = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-            assert share == pytest.approx(sum(float(g.square().sum()) for g in gradient), rel=1e-3)
+    for signal in ("energy", "nll"):  # ActFocus's share is that of the signal that was asked for
+        arm = arm_of(micro_batch=2, signal=signal)
+        batch = batch_of(arm)
+        shares = gradient_shares(arm, batch)
+        model, mask, action = arm.policy, batch.response_mask[:, 1:], batch.action_mask[:, 1:]
+        log_p = torch.log_softmax(model(batch.ids).logits[:, :-1], -1).gather(-1, batch.ids[:, 1:, None])[..., 0]
+        of_token = score(arm.reference, batch.ids, batch.response_mask)
+        scores = {"energy": -of_token.logsumexp, "nll": -of_token.logprobs}[signal].detach()
+        for credit, (alpha, beta) in {"uniform": (1, 0), "actfocus": (0.1, 0.5)}.items():
+            weights = token_weights(scores, batch.action_mask, batch.response_mask, alpha=alpha, beta=beta)[:, 1:]
+            for share, tokens in zip(shares[credit], (action, mask & ~action)):
+                loss = -(weights * batch.advantages[:, 1:] * log_p * tokens).sum() / weights.sum()
+                gradient = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+                assert share == pytest.approx(sum(float(g.square().sum()) for g in gradient), rel=1e-3)
 
 
 # Show
 
 
-def test_an_episode_is_shown_with_the_weights_of_its_tokens(trained):
-    cache, out = trained
-    for arguments in ((), (out / "checkpoints" / "grpo-actfocus-0.pt",)):
-        result = command(cache, out, "--plan-in", "think", "--show", *arguments)
-        assert result.returncode == 0, result.stderr
-        assert "turn 1" in result.stdout and "######" in result.stdout and "\x1b" not in result.stdout
-        assert re.search(r"return [+-]\d+\.\d, advantage [+-]\d\.\d\d", result.stdout)
-        assert all(1 <= float(weight) <= 1.5 for weight in re.findall(r"\[\S* ?(\d\.\d\d)\]", result.stdout))
+def test_an_episode_is_shown_with_the_weights_of_its_tokens(trained, tmp_path):
+    out, checkpoint = trained
+    for arguments in (words([]), ["--checkpoint", checkpoint]):
+        code, output, error = call(show.main, *arguments, "--rollouts", "8")
+        assert code == 0, error
+        assert "turn 1" in output and "######" in output and "\x1b" not in output
+        assert re.search(r"return [+-]\d+\.\d, advantage [+-]\d\.\d\d", output)
+        weights = [float(weight) for weight in re.findall(r"\[\S* ?(\d\.\d\d)\]", output)]
+        assert weights and all(1 <= weight <= 1.5 for weight in weights)
+        assert str(arguments[1]) in output or "before training" in output
+    code, output, error = call(show.main, "--checkpoint", checkpoint, "--rollouts", "8", "--alpha", "0.25",
+                               "--svg", tmp_path / "episode.svg")
+    assert code == 0 and not output, error
+    picture = ElementTree.parse(tmp_path / "episode.svg")
+    said = "".join(picture.getroot().itertext())
+    assert "weight 0.25" in said and "######" in said and str(checkpoint) in said
+
+
+def test_the_episode_shown_has_the_largest_advantage_of_a_group_with_wins_and_losses():
+    arm = arm_of(rollouts=8, env_options=tuple(BOARDS))
+    batch, row, advantages = show.turning_episode(arm)
+    assert batch.success.any() and not batch.success.all() and len(batch) == len(advantages) == 8
+    assert row == int(batch.returns.argmax()) and batch.success[row] and advantages[row] == advantages.max()
+    shown, last = show.turns(arm, batch, row)
+    assert sum(reward for *_, reward in shown) == pytest.approx(float(batch.returns[row]), abs=1e-4) and len(last) == 6
+    tokens = [token for _, turn, _ in shown for token in turn]
+    mask = batch.response_mask[row]
+    assert [weight for _, weight, _ in tokens] == batch.weights[row][mask].tolist()
+    assert [is_action for *_, is_action in tokens] == batch.action_mask[row][mask].tolist()
 
 
 def test_shades_follow_the_weights():
-    settings = train.Settings()
-    pale, strong = (train.shaded("Up", weight, True, settings, colour=True) for weight in (1.0, 1.5))
+    shaded = lambda *token, beta=0.5, colour=True: show.shaded(*token, beta, colour)
+    pale, strong = (shaded("Up", weight, True)[1] for weight in (1.0, 1.5))
     assert pale != strong and "Up" in pale and pale.endswith("\x1b[0m")
-    assert train.shaded("hm", 0.1, False, settings, colour=True) == "\x1b[2mhm\x1b[0m"
-    assert train.shaded(" Up", 1.234, True, settings, colour=False) == "[Up 1.23]"
-    assert train.shaded("hm", 0.1, False, settings, colour=False) == "hm"
-    assert train.shaded("Up", 1.0, True, train.Settings(beta=0.0), colour=True)
+    assert shaded("hm", 0.1, False) == ("hm", "\x1b[2mhm\x1b[0m")
+    assert shaded(" Up", 1.234, True, colour=False)[1] == "[Up 1.23]"
+    assert shaded("hm", 0.1, False, colour=False) == ("hm", "hm")
+    assert shaded("Up", 1.0, True, beta=0.0) and "\n" not in shaded("a\nb\x1b", 1.0, False)[0]
 
 
 def test_text_stands_beside_the_board_and_is_broken_to_fit():
     tokens = [(word, f"<{word}>") for word in ("one", " two", " three", " four", " five")]
-    lines = train.beside(["####", "#P_#"], tokens, width=4 + 3 + 10)
-    assert lines == ["####   <one>< two>", "#P_#   < three>", "       < four>< five>"]
-    assert len(train.beside(["#"], [("ab", "ab")] * 30, width=14)) == 6  # text without a space is broken too
-    assert train.beside(["####", "#P_#"], [], width=20) == ["####", "#P_#"]
+    lines = show.beside(["####", "#P_#"], tokens, width=4 + 3 + 20)
+    assert lines == ["####   <one>< two>< three>< four>", "#P_#   < five>"]
+    assert show.beside(["####"], tokens, width=5)[1:] == ["       < five>"]  # never under 20 characters
+    assert len(show.beside(["#"], [("ab", "ab")] * 51, width=24)) == 3  # text without a space is broken too
+    assert show.beside(["####", "#P_#"], [], width=20) == ["####", "#P_#"]
 
 
+@pytest.mark.parametrize("main", [show.main, diagnose.main])
 @pytest.mark.parametrize("arguments, words", [
-    (["--diagnose", "no/such.pt"], "no/such.pt"), (["--show", "no/such.pt"], "no/such.pt"), (["--show", "--diagnose"], "exclude"),
-    (["--show", "--resume"], "exclude"), (["--diagnose", "--groups", "1"], "groups")])
-def test_wrong_requests_end_in_one_line(arguments, words, capsys, tmp_path):
-    with pytest.raises(SystemExit) as exit:
-        train.main(["--cache", str(tmp_path), "--out", str(tmp_path), *arguments])
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count("\n") == 1 and words in error
+    (["--checkpoint", "no/such.pt"], "no/such.pt"), (["--checkpoint", "."], "checkpoint"), (["--alpha", "2"], "alpha"),
+    (["--model", "/no/such"], "model"), (["--resume"], "resume"), (["--env", "mine:Game"], "mine")])
+def test_wrong_requests_end_in_one_line(main, arguments, words):
+    code, output, error = call(main, *arguments)
+    assert code == 2 and error.count("\n") == 1 and words in error and not output
+    assert error.startswith("python -m extras.")
 
 
-def test_a_checkpoint_of_another_agent_or_a_damaged_one_ends_in_one_line(trained, tmp_path):
-    cache, out = trained
-    checkpoint = out / "checkpoints" / "grpo-actfocus-0.pt"
-    result = command(cache, out, "--plan-in", "think", "--width", "64", "--show", checkpoint)
-    assert result.returncode == 1 and "another agent" in result.stderr and "Traceback" not in result.stderr
+def test_a_diagnosis_needs_two_groups():
+    code, _, error = call(diagnose.main, "--groups", "1")
+    assert code == 2 and error.count("\n") == 1 and "groups" in error
+
+
+def test_a_checkpoint_of_another_agent_or_a_damaged_one_ends_in_one_line(trained, tmp_path, agent):
+    out, checkpoint = trained
+    for part in agent[:2]:
+        part.save_pretrained(tmp_path / "agent")
+    code, _, error = call(show.main, "--checkpoint", checkpoint, "--model", tmp_path / "agent")
+    name = torch.load(checkpoint, weights_only=True)["agent"]
+    assert code == 2 and error.count("\n") == 1 and "was trained from agent" in error and name in error
     (tmp_path / "bad.pt").write_bytes(checkpoint.read_bytes()[:-9])
-    result = command(cache, out, "--plan-in", "think", "--show", tmp_path / "bad.pt")
-    assert result.returncode == 1 and "no whole checkpoint" in result.stderr and "Traceback" not in result.stderr
+    code, _, error = call(show.main, "--checkpoint", tmp_path / "bad.pt")
+    assert code == 2 and "no whole checkpoint" in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_a_checkpoint_of_an_older_version_is_shown(trained, tmp_path):
+    """Its settings.json may lack settings, and hold one that is gone."""
+    out, checkpoint = trained
+    (tmp_path / "arms").mkdir()
+    (tmp_path / "arms" / "a.pt").write_bytes(checkpoint.read_bytes())
+    known = strict((out / "settings.json").read_text())
+    del known["kl_coef"]
+    (tmp_path / "settings.json").write_text(json.dumps(known | {"width": 64}))
+    code, output, error = call(show.main, "--checkpoint", tmp_path / "arms" / "a.pt")
+    assert code == 0 and "turn 1" in output, error
 
 
 # Tables
@@ -152,19 +243,47 @@ def arm(credit, seed, boards, tokens=(0, 100), success=(0.2, 0.4)):
 def test_the_paired_interval_is_about_the_difference():
     """Boards differ by far more than the credits do: paired, the gain of 0.1 is certain; unpaired it would not be."""
     boards = np.linspace(0, 0.9, 40)
-    mean, low, high = train.paired_gain(*([arm(credit, s, boards + plus) for s in range(3)]
-                                          for credit, plus in (("actfocus", 0.1), ("uniform", 0.0))))
+    mean, low, high = paired_gain(*([arm(credit, s, boards + plus) for s in range(3)]
+                                    for credit, plus in (("actfocus", 0.1), ("uniform", 0.0))))
     assert mean == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
     flip = np.where(np.arange(40) % 2, 0.5, -0.5)
-    mean, low, high = train.paired_gain([arm("actfocus", 0, boards + flip)], [arm("uniform", 0, boards)])
-    assert mean == pytest.approx(0) and low == pytest.approx(-0.155, abs=0.03) and high == pytest.approx(0.155, abs=0.03)
+    mean, low, high = paired_gain([arm("actfocus", 0, boards + flip)], [arm("uniform", 0, boards)])
+    assert (mean, low, high) == pytest.approx((0, -0.155, 0.155), abs=0.03)
 
 
 def test_success_at_equal_tokens_lies_on_the_curve():
     groups = {("grpo", "uniform"): [arm("uniform", 0, [0.4], tokens=(0, 4000))],
               ("grpo", "carl"): [arm("carl", 0, [0.4], tokens=(0, 1000))]}
-    head, plain, carl = train.costs(groups)
+    head, plain, carl = costs(groups)
     assert "1k generated tokens" in head and plain.split()[2] == "25.0" and carl.split()[2] == "40.0"
     assert carl.split()[3:] == ["1.0", "0.1", "1.0"]
 
 
+def test_the_table_reports_means_ranges_and_who_won():
+    def arm(algo, credit, seed, *success):
+        return {"algo": algo, "credit": credit, "seed": seed, "eval_steps": [0, 10], "eval_success": list(success),
+                "final_success": success[-1], "peak_success": max(success),
+                "final_board_success": [success[-1] - 0.1, success[-1] + 0.1]}
+    arms = [arm("grpo", "uniform", 0, 0.2, 0.4), arm("grpo", "uniform", 1, 0.5, 0.3),
+            arm("grpo", "actfocus", 0, 0.2, 0.7), arm("grpo", "actfocus", 1, 0.5, 0.2)]
+    config = dataclasses.asdict(Settings(seeds=(0, 1)))
+    text = table({"config": config, "floor": 0.05, "ceiling": 1.0, "arms": arms})
+    assert "grpo: ActFocus ends 10.0 points ahead of uniform, ahead in 1 of 2 seeds" in text
+    assert "35.0 (30.0..40.0)" in text and "-10.0 (-20.0..0.0)" in text and "2 seeds prove nothing" in text
+    assert not math.isnan(float(text.split("random actions ")[1].split(",")[0]))
+    assert "collapsed" not in text
+    arms[1]["collapsed_at"] = 30
+    text = table({"config": config, "floor": 0.05, "ceiling": 1.0, "arms": arms})
+    assert "grpo uniform seed 1 collapsed by step 30" in text
+
+
+def test_collapse_is_three_evaluations_in_a_row():
+    assert collapse([(0, 0.5), (10, 0.05), (20, 0.0), (30, 0.09), (40, 0.0)]) == 30
+    assert collapse([(0, 0.05), (10, 0.05), (20, 0.1), (30, 0.0), (40, 0.0)]) is None
+
+
+def test_the_table_of_a_finished_run_is_printed_again(trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", str(trained[0])])
+    report.main()
+    text = capsys.readouterr().out
+    assert "grpo actfocus" in text and "grpo uniform:lr=3e-5" in text and "1 seed proves nothing" in text

@@ -1,7 +1,7 @@
-"""What the README says is so: its links, its snippets, its defaults, and that the method's files stand alone."""
+"""What the README and results/README.md say is so: links, limits, snippets, tables, defaults, and that files copy out."""
 
-import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,70 +11,114 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import scripted
 
-import env as environments
+import actfocus
+import kernels
 import train
-from rollout import demonstration
+from extras import agent as teacher
+from extras import report
+from extras.facts import facts
 
 ROOT = Path(train.__file__).parent
-README = (ROOT / "README.md").read_text()
+README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "results/README.md"))
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_links_point_at_the_functions_they_name():
-    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-    assert len(links) >= 6
-    for name, file, line in links:
-        text = (ROOT / file).read_text().splitlines()[int(line) - 1]
-        assert re.match(rf"(def|class) {name}\b", text), f"{file}:{line} is {text!r}, not {name}"
+def snippet(text):
+    found, = [block for block in SNIPPETS if text in block]
+    return found
 
 
-def test_sections_that_are_linked_exist():
-    slug = lambda title: re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
-    titles = {slug(title) for title in re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE)}
-    linked = set(re.findall(r"\]\(#([^)]*)\)", README))
-    assert len(linked) > 10 and linked <= titles
+def slugs(text):
+    """The anchors of a page's sections."""
+    titles = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_files_that_are_named_exist():
-    for path in re.findall(r"\]\((\w[\w./]*)\)", README):
-        assert (ROOT / path).exists(), path
+# The pages
 
 
-def test_the_environment_snippet_runs():
-    snippet = next(s for s in SNIPPETS if "env.step(text)" in s)
-    names = {}
-    exec(snippet, names)
-    assert names["reward"] == pytest.approx(-0.2, abs=1.2) and names["info"]["valid"]
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 260
+    assert [line for line in lines if len(line) > 120] == []
 
 
-def test_the_bandit_is_an_environment(monkeypatch):
-    """The README's example plays, has a floor below its ceiling, and demonstrations can be made from it."""
-    monkeypatch.setattr(environments, "ENVS", dict(environments.ENVS))
-    exec(next(s for s in SNIPPETS if "class Bandit" in s), {})
-    env = environments.make("bandit")
-    floor, ceiling = environments.random_floor(env, range(20)), environments.mean_ceiling(env, range(20))
-    assert 0.5 < floor < 1 == ceiling
-    env.reset(seed=0)
-    rng = np.random.default_rng(0)
-    *_, info = env.step(demonstration(env, rng, noise=0.0))
-    assert info["valid"] and len(set(info["actions"])) == 1
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_files_and_sections_that_are_linked_exist(page):
+    text, here = (ROOT / page).read_text(), (ROOT / page).parent
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert len(links) >= 5
+    for link in links:
+        path, _, section = link.partition("#")
+        assert not path or (here / path).exists(), link
+        assert not section or section in slugs((here / path).read_text() if path else text), link
 
 
-@pytest.mark.parametrize("function", ["token_weights", "group_advantages", "gae"])
-def test_worked_examples_print_what_the_readme_says(function, capsys):
-    snippet, = [s for s in SNIPPETS if "print(" in s and f"from actfocus import {function}" in s]
-    exec(snippet, {})
-    expected = re.findall(r"^# (tensor.*|\s+\[.*)$", snippet, re.MULTILINE)
-    assert expected and capsys.readouterr().out.splitlines() == expected
+def test_files_and_functions_that_the_readme_names_exist():
+    for path in re.findall(r"`((?:extras/|results/)?\w+\.(?:py|md|txt))`", README):
+        assert (ROOT / path).exists() or path == "bandit.py", path
+    code = "\n".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "extras").glob("*.py")])
+    for name in re.findall(r"\b(?:Arm|Credit|Chat|Sokoban)\.(\w+)", README):
+        assert f"def {name}(" in code, name
+
+
+def test_every_field_of_the_log_is_explained(tmp_path):
+    tiny = train.Settings(algos=("ppo",), prompts=2, rollouts=4, minibatch=4, keep=1.0, max_response_tokens=30, eval_boards=2,
+                          eval_rollouts=1)
+    arm = train.Arm(tiny, "ppo", "actfocus", 0)
+    fields = {**arm.step(), **arm.evaluate()}.keys()
+    assert "value_loss" in fields and "eval_fact_accuracy" in fields  # what PPO and an evaluation add
+    table = README[README.index("| field |"):README.index("## When something goes wrong")]
+    explained = set(re.findall(r"`(\w+)`", table))
+    for field in fields - {"eval_board_success"}:
+        assert field in explained or field.removeprefix("eval_") in explained, field
+    assert {name for name in explained if not name.startswith("eval_")} <= fields
+
+
+def test_settings_that_the_readme_quotes_are_the_defaults():
+    s, words = train.Settings(), " ".join(README.split())
+    assert f"alpha = {s.alpha}, beta = {s.beta}" in words
+    assert f"clip(rho_t, 1 - {s.clip_low}, 1 + {s.clip_high})" in words
+    assert f"{s.prompts} boards, {s.rollouts} rollouts of each" in words
+    assert f"{s.steps} steps instead of 200" in words
+    assert f"learning rate {s.lr:.0e}".replace("e-0", "e-") in words
+    assert f"responses of {s.max_response_tokens} tokens" in words
+    assert f"{s.eval_boards} x {s.eval_rollouts} evaluation episodes" in words
+    assert s.keep == 0.25 and "the quarter of the groups" in words
+    board = s.board_options()
+    assert f"{board['min_moves']} to {board['max_moves']} moves, {board['max_turns']} turns" in words and board["walls"] == 0
+
+
+def test_commands_of_both_pages_are_understood():
+    """Every `python train.py ...` parses; what is trained is not looked at."""
+    text = re.sub(r"\\\n\s*", "", README + RESULTS)
+    commands = re.findall(r"python train\.py((?: [^\s`#&)]+)*)", text)
+    assert len(commands) > 15
+    for command in commands:
+        arguments = [word for word in command.split() if "last" not in word and word != "--resume"]
+        for option in ("--model", "--env"):  # an agent, or an environment, that is not at hand
+            if option in arguments and arguments[arguments.index(option) + 1] not in ("sudoku", "frozenlake", "shop"):
+                del arguments[arguments.index(option):arguments.index(option) + 2]
+        train.extra("options").SettingsParser("train.py").parse_settings(arguments)
+
+
+# The tables
 
 
 def test_the_tables_are_those_of_the_results():
-    """Every number in them: `python results/report.py --write` makes them anew."""
-    spec = importlib.util.spec_from_file_location("report", ROOT / "results" / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
-    assert README.count("<!-- table: ") >= 5 and report.filled(README) == README
+    """Every number in them: `python -m extras.report --write` makes them anew."""
+    assert RESULTS.count("<!-- table: ") == 10
+    assert report.filled(RESULTS) == RESULTS
+
+
+def test_a_number_that_was_changed_by_hand_is_put_right():
+    row = next(line for line in RESULTS.splitlines() if line.startswith("| PPO, ActFocus | 16.0"))
+    start, end = RESULTS.index("<!-- table: main -->"), RESULTS.index("## Four times the updates")
+    table = RESULTS[start:end]
+    wrong = table.replace(row, row.replace("45.4", "99.9"))
+    assert wrong != table and report.filled(wrong) == table
 
 
 def test_the_main_table_holds_the_mean_final_success_of_every_arm():
@@ -84,21 +128,124 @@ def test_the_main_table_holds_the_mean_final_success_of_every_arm():
         finals.setdefault((arm["algo"], arm["credit"]), []).append(arm["final_success"])
     assert len(finals) == 4
     for (algo, credit), values in finals.items():
-        row, = [line for line in README.splitlines()
+        row, = [line for line in RESULTS.splitlines()
                 if line.startswith(f"| {algo.upper()}, {credit.replace('actfocus', 'ActFocus')} |") and line.count("|") == 10]
         assert len(values) == 5 and f"| {100 * np.mean(values):.1f} (" in row
 
 
-def test_the_lifting_snippet_runs():
-    snippet = next(s for s in SNIPPETS if "ref_logits" in s)
+# The snippets
+
+
+def test_worked_examples_print_what_the_readme_says(capsys):
+    example = snippet("print(token_weights(")
+    exec(example, {})
+    expected = re.findall(r"^# (tensor.*|\s+\[.*)$", example, re.MULTILINE)
+    assert len(expected) == 5 and capsys.readouterr().out.splitlines() == expected
+
+
+@pytest.fixture(scope="module")
+def copied():
+    """What the loop that is to be copied has made of four trajectories, in two groups, of two turns each."""
+    model, tokenizer = train.load_agent(train.Settings().agent, "cpu")
+    env = train.Settings().make_env()
+    played = []
+    for i, act in enumerate((["Up"], ["Left", "Up"], ["Down"], ["Right"])):
+        transcript = scripted(tokenizer, env, i // 2, [f"<think>{i}</think><answer>{' || '.join(act)}</answer>", "<answer>Up"])
+        turn, parts = -2, []
+        for token, of_turn, action in zip(transcript.ids, transcript.turn_ids, transcript.action_mask):
+            if of_turn != turn:
+                parts.append(([], of_turn >= 0))
+            parts[-1][0].append(token)
+            turn = of_turn
+        played.append((transcript, parts))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
     torch.manual_seed(0)
-    response_mask = torch.tensor([[False, True, True, True, True]] * 2)
-    names = {"ids": torch.randint(7, (2, 5)), "response_mask": response_mask, "ref_logits": torch.randn(2, 5, 7),
-             "action_mask": torch.tensor([[False, False, False, True, True]] * 2),
-             "logits": torch.randn(2, 5, 7, requires_grad=True), "old_logprobs": torch.full((2, 4), -2.0),
-             "advantages": torch.tensor([[1.0], [-1.0]]).expand(2, 4), "minibatch_weight_sum": None}
-    exec(snippet, names)
-    assert torch.isfinite(names["loss"]) and names["logits"].grad[:, :4].abs().sum() > 0
+    names = {"policy": model, "reference": train.copy.deepcopy(model), "tokenizer": tokenizer,
+             "trajectories": [parts for _, parts in played], "returns": torch.tensor([[1.0, 0.0], [0.5, 2.0]]),
+             "optimizer": torch.optim.Adam(model.parameters(), 1e-3)}
+    exec(snippet("def action_tokens("), names)
+    return names | {"transcripts": [transcript for transcript, _ in played], "before": before}
+
+
+def test_the_copied_loop_finds_the_masks_and_updates(copied):
+    for row, transcript in enumerate(copied["transcripts"]):
+        n = len(transcript.ids)
+        assert copied["ids"][row, :n].tolist() == transcript.ids
+        assert copied["action_mask"][row].tolist()[:n] == transcript.action_mask and any(transcript.action_mask)
+        assert copied["response_mask"][row].tolist()[:n] == [turn >= 0 for turn in transcript.turn_ids]
+        assert not copied["response_mask"][row, n:].any()
+    assert any(not torch.equal(x, copied["before"][name]) for name, x in copied["policy"].state_dict().items())
+    assert torch.isfinite(copied["loss"]) and copied["stats"]["ratio_mean"] == pytest.approx(1, abs=1e-4)
+
+
+def test_the_copied_loop_scores_as_kernels_does(copied):
+    """Log-probs and energies of the loop, of the three lines for token_stats, and of kernels.score."""
+    stats = kernels.score(copied["reference"], copied["ids"], copied["response_mask"])
+    mask = copied["response_mask"]
+    torch.testing.assert_close(copied["energy"][mask[:, 1:]], -stats.logsumexp[mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(copied["old_logprobs"][mask[:, 1:]], stats.logprobs[mask], atol=1e-4, rtol=0)
+    names = {**copied, "policy": copied["reference"], "token_stats": kernels.token_stats}
+    exec(snippet("token_stats(hidden"), names)
+    torch.testing.assert_close(names["logprobs"], stats.logprobs[mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(names["logsumexp"], stats.logsumexp[mask], atol=1e-4, rtol=0)
+
+
+def test_a_credit_of_ones_own_is_trained(monkeypatch):
+    names = {}
+    exec(snippet("class LastTurn("), names)
+    monkeypatch.setitem(actfocus.CREDITS, "last", names["LastTurn"])
+    settings = train.Settings(algos=("grpo",), credits=("uniform", "last", "last:alpha=0.3"), prompts=2, rollouts=4, minibatch=8,
+                              keep=1.0)
+    arm, seen = train.Arm(settings, "grpo", "last:alpha=0.3", 0), []
+    monkeypatch.setattr(arm, "gradient", lambda batch: seen.append(batch) or train.Arm.gradient(arm, batch))
+    assert arm.step()["updates"] == 1
+    batch, = seen
+    last = batch.turn_ids == batch.turns[:, None] - 1
+    assert (batch.turns > 1).any()
+    assert (batch.weights[batch.response_mask & ~last] == torch.tensor(0.3)).all()
+    assert (batch.weights[batch.action_mask & last] > 1).all() and (batch.weights[~batch.response_mask] == 0).all()
+
+
+@pytest.fixture
+def bandit(tmp_path, monkeypatch):
+    """The directory that holds the README's bandit.py, from which it can be imported."""
+    (tmp_path / "bandit.py").write_text(snippet("class Bandit("))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bandit", raising=False)
+    return tmp_path
+
+
+def test_the_bandit_is_an_environment_and_trains(bandit, monkeypatch):
+    """It has a floor below its ceiling, an agent is taught to play it, and its first two steps make updates."""
+    env = train.Settings(env="bandit:Bandit").make_env()
+    assert 0.2 < report.random_floor(env, range(20)) < 0.6 < 1 == report.mean_ceiling(env, range(20))
+    env.reset(seed=0)
+    *_, info = env.step(teacher.demonstration(env, np.random.default_rng(0), noise=0.0))
+    assert info["valid"] and len(set(info["actions"])) == 1 and facts(env) == []
+    assert len({env.reset(seed=seed)[0] for seed in range(5)}) == 1  # the first observation says nothing of the instance
+
+    out = bandit / "agent"
+    monkeypatch.setattr(sys, "argv", ["agent", "bandit:Bandit", "--out", str(out), "--episodes", "100", "--steps", "150",
+                                      "--worse-steps", "0", "--layers", "1"])
+    teacher.main()
+    settings = train.Settings(env="bandit:Bandit", model=str(out), algos=("grpo",), prompts=2, rollouts=8, max_response_tokens=40)
+    arm = train.Arm(settings, "grpo", "actfocus", 0)
+    assert [arm.step()["updates"] > 0 for _ in range(2)] == [True, True]
+
+
+@pytest.mark.slow
+def test_the_bandits_commands_run(bandit):
+    def run(*arguments):
+        result = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                                env={**os.environ, "PYTHONPATH": str(bandit)})
+        assert result.returncode == 0, result.stderr
+    run("-m", "extras.agent", "bandit:Bandit", "--out", bandit / "agent", "--episodes", 100, "--steps", 150, "--worse-steps", 0)
+    run("train.py", "--env", "bandit:Bandit", "--model", bandit / "agent", "--algos", "grpo", "--steps", 2, "--prompts", 2,
+        "--rollouts", 8, "--eval-boards", 4, "--eval-rollouts", 2, "--out", bandit / "run")
+    assert len((bandit / "run" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+# The files
 
 
 @pytest.mark.parametrize("name", ["actfocus", "kernels"])
@@ -112,11 +259,3 @@ def test_a_copied_file_works_alone(name, tmp_path):
             f"assert new <= {{'{name}', 'torch'}}, new")
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
-
-
-def test_settings_that_the_readme_quotes_are_the_defaults():
-    settings = train.Settings()
-    assert f"`alpha = {settings.alpha}`, `beta = {settings.beta}`" in README
-    assert f"learning rate {settings.lr:.0e}".replace("e-0", "e-") in README
-    assert f"{settings.steps} steps instead of 200" in README
-    assert f"{settings.eval_boards} x {settings.eval_rollouts}\n  evaluation episodes" in README

@@ -1,27 +1,36 @@
-"""CARL and A2TGPO: trees worked by hand, naive references, finite differences, and what the sampler records for them."""
+"""CARL and A2TGPO: trees worked by hand, naive references, finite differences, and what is recorded for them."""
 
 import copy
+import itertools
 import math
 import random
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_train import credit_of, learner, trajectories_of
+from helpers import assert_logprobs_are_those_of_a_plain_forward_pass, respond, scripted
 
 import env as environments
-import train
-from actfocus import (
-    group_advantages,
+from actfocus import group_advantages, token_weights, weighted_policy_loss
+from extras.agent import demonstration
+from extras.options import make_credit
+from extras.rivals import (
+    SCAFFOLD,
+    Branch,
+    Carl,
+    Probed,
+    Tree,
+    beliefs,
     tree_advantages,
+    tree_rollout,
     turn_clip_scale,
     turn_gain_advantages,
     turn_logprobs,
-    weighted_policy_loss,
 )
-from rollout import SCAFFOLD, Chat, Transcript, Tree, beliefs, demonstration, pack, tree_rollout
-from train import Settings, tree_credit, turn_credit
+from rollout import Transcript, load_agent, pack
+from train import AGENTS, DEFAULTS, Arm, Settings
 
 NAN = float("nan")
 
@@ -29,7 +38,8 @@ NAN = float("nan")
 def tree(*edges):
     """Advantages of (parent, return or None) pairs."""
     parents, returns = zip(*edges)
-    return tree_advantages(torch.tensor(parents), torch.tensor([NAN if r is None else r for r in returns], dtype=torch.float64))
+    returns = torch.tensor([NAN if r is None else r for r in returns], dtype=torch.float64)
+    return tree_advantages(torch.tensor(parents), returns)
 
 
 # CARL: values
@@ -72,12 +82,13 @@ def test_random_trees_against_a_recursive_reference():
 
 
 def test_advantages_are_unbiased_on_a_small_mdp():
-    """Two coin flips, return 4 a + b: the state after a is worth 4 a + 0.5, the start 2.5. A state's value is the mean over its
-    n edges, the edge itself among them, so its advantage is (n - 1) / n of the true one in expectation."""
+    """Two coin flips, return 4 a + b: the state after a is worth 4 a + 0.5, the start 2.5. A state's value is the mean
+    over its n edges, the edge itself among them, so its advantage is (n - 1) / n of the true one in expectation."""
     chance, sums = random.Random(0), {0: [], 1: []}
     for _ in range(4000):
         first = [chance.randrange(2) for _ in range(3)]
-        edges = [(-1, None), (-1, None), (-1, None), *((e, 4.0 * first[e] + chance.randrange(2)) for e in (0, 0, 0, 1, 2))]
+        leaves = [(e, 4.0 * first[e] + chance.randrange(2)) for e in (0, 0, 0, 1, 2)]
+        edges = [(-1, None), (-1, None), (-1, None), *leaves]
         for a, advantage in zip(first, tree(*edges)):
             sums[a].append(advantage.item())
     for a, true in ((0, -2.0), (1, 2.0)):
@@ -102,8 +113,8 @@ def grown(*rows):
     for at, nlls in rows:
         first = made.nodes[at][3] if at is not None else 0
         transcript = Transcript.__new__(Transcript)
-        transcript.states = [f"state {first + k}" for k in range(len(nlls))]
-        transcript.turn = [first + k for k in range(len(nlls)) for _ in range(2)]
+        transcript.notes = [f"state {first + k}" for k in range(len(nlls))]
+        transcript.turn_ids = [first + k for k in range(len(nlls)) for _ in range(2)]
         transcript.logprobs = [-x for x in nlls for _ in range(2)]
         transcript.rewards, transcript.valid = [0.0] * (first + len(nlls)), [True] * len(nlls)
         made.grow(transcript, made.nodes[at] if at is not None else None)
@@ -127,106 +138,150 @@ def test_the_fork_goes_where_a_hand_count_says():
 def forest(agent):
     """Two trees of 3 + 4 rows of the untrained agent."""
     model, tokenizer, make_env = agent
-    return tree_rollout(model, tokenizer, [make_env() for _ in range(6)], seeds=[5, 6], roots=3, forks=4, temperature=1.0,
-                        max_response_tokens=12, generator=torch.Generator().manual_seed(0))
+    return tree_rollout(model, tokenizer, [make_env() for _ in range(6)], seeds=[5, 6], roots=3, forks=4,
+                        temperature=1.0, max_response_tokens=12, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_fork_continues_ids_that_another_row_sampled(agent, forest):
     assert len(forest) == 14
     for start in (0, 7):
         rows = range(start, start + 7)
-        flat = [(row, edge) for row in rows for edge in forest.edges[row]]
+        flat = [(row, edge) for row in rows for edge in forest.notes[row]]
         for row in rows:
-            first = forest.edges[row][0]
+            first = forest.notes[row][0]
             sampled = forest.response_mask[row].nonzero()[:, 0]
-            assert sorted(set(forest.turn_ids[row][sampled].tolist())) == [edge.turn for edge in forest.edges[row]]
+            assert sorted(set(forest.turn_ids[row][sampled].tolist())) == [edge.turn for edge in forest.notes[row]]
             if first.parent >= 0:  # its context ends where the parent's response and the observation after it end
                 other = flat[first.parent][0]
                 n = int(sampled[0])
                 assert torch.equal(forest.ids[row, :n], forest.ids[other, :n]) and first.turn > 0
                 assert not forest.response_mask[row, :n].any()
-            assert math.isfinite(forest.edges[row][-1].returns)
-            assert forest.edges[row][-1].returns == pytest.approx(forest.returns[row].item())
+            assert math.isfinite(forest.notes[row][-1].returns)
+            assert forest.notes[row][-1].returns == pytest.approx(forest.returns[row].item())
 
 
 def test_forked_edges_are_those_at_states_that_were_picked(forest):
     """N + 1 <= size <= 2 N: each fork adds an edge, and its state had at least one before."""
     for start in (0, 7):
-        flat = [edge for row in range(start, start + 7) for edge in forest.edges[row]]
+        flat = [edge for row in range(start, start + 7) for edge in forest.notes[row]]
         forked = [edge for edge in flat if edge.forked]
         assert 5 <= len(forked) <= 8
         states = {edge.parent for edge in forked}
         assert all(edge.forked == (edge.parent in states) for edge in flat)
 
 
+def test_log_probs_of_a_fork_are_those_of_one_plain_forward_pass(agent, forest):
+    assert_logprobs_are_those_of_a_plain_forward_pass(agent[0], forest)
+    for row, edges in enumerate(forest.notes):
+        for edge in edges:
+            nll = -forest.logprobs[row][forest.turn_ids[row] == edge.turn].mean().item()
+            assert edge.nll == pytest.approx(nll, abs=1e-5)
+
+
+def test_trees_do_not_share_their_luck_with_their_order(agent, forest):
+    """Rows of a tree stand together, of the board that its seed names."""
+    assert forest.seeds.tolist() == [5] * 7 + [6] * 7
+    env = agent[2]()
+    for row, seed in enumerate(forest.seeds.tolist()):
+        opening = env.reset(seed=seed)[0]
+        assert opening in agent[1].decode(forest.ids[row, : forest.lengths[row]])
+
+
 def test_a_restored_environment_goes_on_as_the_original_would(agent):
     """FrozenLake's luck included: a fork that plays the same response ends in the same state."""
     _, tokenizer, _ = agent
     for seed in range(20):
-        env = environments.make("frozenlake", intended=0.4)
-        transcript = Transcript(Chat(tokenizer, "rules"), env, seed, 10**6, 100)
+        transcript = scripted(tokenizer, environments.make("frozenlake", intended=0.4), seed, [], Branch)
         before, fork = list(transcript.ids), transcript.fork()
-        answer = tokenizer("<think>x</think><answer>Left || Down</answer>").input_ids + [tokenizer.eos_token_id]
-        assert transcript.respond(answer) == fork.respond(answer)
+        answer = environments.response(["Left", "Down"], "x")
+        assert respond(transcript, tokenizer, answer) == respond(fork, tokenizer, answer)
         assert transcript.ids == fork.ids and transcript.rewards == fork.rewards and transcript.env is not fork.env
-        assert fork.turn[: len(before)] == [-1] * len(before)
+        assert fork.turn_ids[: len(before)] == [-1] * len(before)
 
 
-def scripted_tree(agent, answers, noise=0.0):
-    """A tree of two full episodes and a fork at the second turn of the first, of oracle play or of bad answers."""
+def test_snapshots_are_the_states_in_which_the_policy_responded(agent):
     _, tokenizer, make_env = agent
-    chat, rng = Chat(tokenizer, make_env().system_prompt), np.random.default_rng(0)
-    grow, rows = Tree(), []
-
-    def play(transcript, answer):
-        while True:
-            words = demonstration(transcript.env, rng, noise) if answer is None else answer
-            ids = tokenizer(words).input_ids + [tokenizer.eos_token_id]
-            if not transcript.respond(ids, [-1.0] * len(ids)):
-                return transcript
-    for answer in answers[:2]:
-        transcript = Transcript(chat, make_env(), 11, 10**6, 100)
-        transcript.states = []
-        rows.append((play(transcript, answer), None))
-        grow_edges = grow.grow(rows[-1][0])
-        rows[-1] = (rows[-1][0], grow_edges)
-    node = grow.nodes[1]
-    fork = play(node[0].fork(), answers[2])
-    rows.append((fork, grow.grow(fork, node)))
-    for edge in node[2]:
-        edge.forked = True
-    data = pack([transcript for transcript, _ in rows], tokenizer.pad_token_id)
-    data.edges = [edges for _, edges in rows]
-    return data
+    transcript = scripted(tokenizer, make_env(), 4, itertools.repeat(BAD), Branch)
+    assert len(transcript.notes) == len(transcript.rewards) == 3
+    for turn, snapshot in enumerate(transcript.notes):
+        start = transcript.turn_ids.index(turn)
+        assert snapshot.ids == transcript.ids[:start] and snapshot.rewards == transcript.rewards[:turn]
+        assert snapshot.env.turn == turn and not snapshot.notes and not any(snapshot.action_mask)
 
 
 BAD = "<think>Hm.</think><answer>nothing</answer>"
-IDLE = "<think>Hm.</think><answer>Up</answer>"
 
 
-def test_only_responses_at_forked_states_are_trained(agent):
-    data = scripted_tree(agent, [BAD, BAD, None])
-    kept, tensors = tree_credit(data, data.returns[None], None)
-    for row, turn in ((0, 1), (2, 1)):
-        here = kept.turn_ids[row] == turn
-        assert torch.equal(kept.response_mask[row], here & data.response_mask[row])
-    assert not kept.response_mask[1].any() and not (kept.action_mask & ~kept.response_mask).any()
-    bad, good = tensors["advantages"][0][kept.response_mask[0]], tensors["advantages"][2][kept.response_mask[2]]
+def oracle(env):
+    return demonstration(env, np.random.default_rng(0), 0.0)
+
+
+def scripted_tree(tokenizer, make_env, answers):
+    """A tree of two full episodes and a fork at the second turn of the first, given the same answer in every turn."""
+    tree, rows = Tree(), []
+    for answer in answers[:2]:
+        transcript = scripted(tokenizer, make_env(), 11, itertools.repeat(answer), Branch)
+        rows.append((transcript, tree.grow(transcript)))
+    node = tree.nodes[1]
+    fork = node[0].fork()
+    while respond(fork, tokenizer, answers[2]):
+        pass
+    rows.append((fork, tree.grow(fork, node)))
+    for edge in node[2]:
+        edge.forked = True
+    returns = torch.tensor([edge.returns for edge in tree.edges])
+    advantages = tree_advantages([edge.parent for edge in tree.edges], returns)
+    for edge, advantage in zip(tree.edges, advantages.tolist()):
+        edge.advantage = advantage
+    data = pack([transcript for transcript, _ in rows])
+    data.notes = [edges for _, edges in rows]
+    return data
+
+
+def arm_of(credit, **settings):
+    """An arm of the shipped agent."""
+    env = settings.get("env", "sokoban")
+    made = {"algos": ("grpo",), "lr": 1e-3, "eval_boards": 2} | DEFAULTS.get(env, {}) | settings
+    return Arm(Settings(**made), "grpo", credit, 0)
+
+
+def test_only_responses_at_forked_states_are_trained():
+    arm = arm_of("carl+actfocus", prompts=1)
+    data = scripted_tree(arm.tokenizer, lambda: copy.deepcopy(arm.env), [BAD, BAD, oracle])
+    kept = arm.credit.filter(data)
+    assert len(kept) == 2  # the second episode met no forked state
+    assert data.response_mask[0].sum() > kept.response_mask[0].sum() > 0  # and what was handed over is as it was
+    for row, (source, turn) in enumerate(((0, 1), (2, 1))):
+        here = (data.turn_ids[source] == turn)[: kept.ids.shape[1]]
+        assert torch.equal(kept.response_mask[row], here) and torch.equal(kept.ids[row], data.ids[source, : len(here)])
+        assert torch.equal(kept.action_mask[row], here & data.action_mask[source, : len(here)])
+    batch = arm.score(kept)
+    batch.advantages, batch.weights = arm.credit.advantages(batch), arm.credit.weights(batch)
     half = (data.returns[2] - data.returns[0]).item() / 2
-    assert half > 0 and torch.allclose(good, torch.tensor(half)) and torch.allclose(bad, torch.tensor(-half))
-    made = learner(agent, credit="carl+actfocus")
-    before = copy.deepcopy(made.policy.state_dict())
-    metrics = made.update(kept.select(torch.tensor([0, 2])), {"advantages": tensors["advantages"][[0, 2]]},
-                          np.random.default_rng(0))
-    assert metrics["updated_tokens"] == int(kept.response_mask.sum()) and metrics["grad_norm"] > 0
-    assert any(not torch.equal(before[name], x) for name, x in made.policy.state_dict().items())
+    expected = torch.tensor([[-half], [half]]) * kept.response_mask
+    assert half > 0
+    torch.testing.assert_close(batch.advantages, expected)
+    assert torch.equal(batch.weights, token_weights(batch.energy, kept.action_mask, kept.response_mask))
+    before = copy.deepcopy(arm.policy.state_dict())
+    log = arm.update(arm.gradient(batch))
+    assert log["n"] == int(kept.response_mask.sum()) and log["grad_norm"] > 0
+    assert any(not torch.equal(before[name], x) for name, x in arm.policy.state_dict().items())
 
 
-@pytest.mark.parametrize("own, expected", [({}, (8, 8)), ({"rollouts": 6}, (3, 3)), ({"rollouts": 2}, (1, 1)),
-                                           ({"tree_roots": 1}, (1, 15)), ({"tree_roots": 8, "tree_forks": 16}, (8, 16)),
-                                           ({"tree_roots": 16}, (16, 1))])
-def test_a_tree_has_as_many_leaves_as_a_group_unless_told_otherwise(own, expected):
-    assert Settings(algos=("grpo",), credits=("carl",), **own).tree() == expected
+def test_a_tree_in_which_nothing_forked_differs_teaches_nothing():
+    credit, tokenizer = Carl("grpo", Settings(algos=("grpo",), prompts=1)), arm_of("carl").tokenizer
+    make_env = credit.settings.make_env
+    agreed = scripted_tree(tokenizer, make_env, [BAD, oracle, BAD])  # the root was not forked
+    assert agreed.returns[1] > agreed.returns[0] == agreed.returns[2]
+    assert len(credit.filter(agreed)) == 0
+    assert len(credit.filter(scripted_tree(tokenizer, make_env, [BAD, BAD, BAD]))) == 0
+
+
+@pytest.mark.parametrize("rollouts, text, expected", [
+    (16, "carl", (8, 8)), (6, "carl", (3, 3)), (2, "carl", (1, 1)), (16, "carl:tree_roots=1", (1, 15)),
+    (16, "carl:tree_roots=8,tree_forks=16", (8, 16)), (16, "carl+actfocus:tree_roots=16", (16, 1))])
+def test_a_tree_has_as_many_leaves_as_a_group_unless_told_otherwise(rollouts, text, expected):
+    assert make_credit(text, "grpo", Settings(algos=("grpo",), rollouts=rollouts)).tree() == expected
 
 
 def test_a_tree_whose_leaves_agree_gives_no_update_and_says_so(agent, tmp_path):
@@ -234,11 +289,28 @@ def test_a_tree_whose_leaves_agree_gives_no_update_and_says_so(agent, tmp_path):
     model, tokenizer, _ = agent
     model.save_pretrained(tmp_path / "agent")
     tokenizer.save_pretrained(tmp_path / "agent")
-    settings = Settings(model=str(tmp_path / "agent"), algos=("grpo",), credits=("carl",), steps=1, prompts=2, tree_roots=1,
-                        tree_forks=2, eval_boards=1, eval_rollouts=1, max_response_tokens=5, out=str(tmp_path))
-    lines = []
-    train.train_arm(settings, settings.model, "grpo", "carl", 0, lines.append)
-    assert lines[1]["updates"] == 0 and lines[1]["zero_spread_groups"] == 2
+    arm = arm_of("carl:tree_roots=1,tree_forks=2", model=str(tmp_path / "agent"), prompts=2, max_response_tokens=5)
+    before = copy.deepcopy(arm.policy.state_dict())
+    metrics = arm.step()
+    assert metrics["updates"] == 0 and metrics["zero_spread_groups"] == 2 and metrics["kept_groups"] == 0
+    assert all(torch.equal(before[name], x) for name, x in arm.policy.state_dict().items())
+
+
+@pytest.mark.parametrize("env, options, credit", [
+    ("sokoban", ("walls=0", "max_moves=2", "max_turns=2", "observation=coordinates"),
+     "carl+actfocus:tree_roots=3,tree_forks=4"),
+    ("sudoku", (), "a2tgpo+actfocus")])
+def test_a_step_of_training_plays_and_learns(env, options, credit):
+    arm = arm_of(credit, env=env, env_options=options, prompts=3, rollouts=3, keep=1.0, minibatch=4)
+    before = copy.deepcopy(arm.policy.state_dict())
+    played = []
+    play = arm.credit.play
+    arm.credit.play = lambda *arguments: played.append(play(*arguments)) or played[0]
+    metrics = arm.step()
+    assert len(played[0]) == (21 if env == "sokoban" else 9) and metrics["updates"] > 0 and metrics["grad_norm"] > 0
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=0.3) and metrics["updated_tokens"] > 0
+    assert (metrics["updated_tokens"] < metrics["generated_tokens"]) == (env == "sokoban")
+    assert any(not torch.equal(before[name], x) for name, x in arm.policy.state_dict().items())
 
 
 # A2TGPO
@@ -306,8 +378,7 @@ def test_bad_turns_are_refused(change, words):
     arguments = dict(gain=torch.zeros(2, 3), turn_mask=torch.ones(2, 3, dtype=torch.bool), returns=torch.zeros(2),
                      group=torch.zeros(2)) | change
     with pytest.raises(ValueError, match=words):
-        turn_gain_advantages(arguments.pop("gain"), arguments.pop("turn_mask"), arguments.pop("returns"), arguments.pop("group"),
-                             **arguments)
+        turn_gain_advantages(**arguments)
 
 
 def test_the_clip_range_at_no_gain_and_at_infinite_gain():
@@ -340,7 +411,8 @@ def test_the_straight_through_gradient_against_finite_differences(randn):
     for b, t in ((0, 1), (0, 5), (1, 2), (1, 6), (0, 0)):
         nudge = torch.zeros(2, 7, dtype=torch.float64)
         nudge[b, t] = 1e-6
-        up, down = (weighted_policy_loss(fixed + sign * nudge, old, advantages, weights, **options)[0] for sign in (1, -1))
+        up, down = (weighted_policy_loss(fixed + sign * nudge, old, advantages, weights, **options)[0]
+                    for sign in (1, -1))
         assert gradient[b, t].item() == pytest.approx((up - down).item() / 2e-6, abs=1e-7)
 
 
@@ -351,7 +423,8 @@ def test_a_clip_range_for_each_token(randn):
     actual = weighted_policy_loss(logprobs, old, advantages, weights, clip_low=low, clip_high=high)
     torch.testing.assert_close(actual[0], expected[0])
     high[0, 0] = 0.0
-    row = weighted_policy_loss(logprobs[:1, :1], old[:1, :1], advantages[:1, :1], weights[:1, :1], clip_low=0.2, clip_high=0.0)
+    alone = (x[:1, :1] for x in (logprobs, old, advantages, weights))
+    row = weighted_policy_loss(*alone, clip_low=0.2, clip_high=0.0)
     only_first = torch.zeros(2, 7)
     only_first[0, 0] = 1.0
     part = weighted_policy_loss(logprobs, old, advantages, only_first, clip_low=low, clip_high=high)
@@ -360,31 +433,25 @@ def test_a_clip_range_for_each_token(randn):
         weighted_policy_loss(logprobs, old, advantages, weights, clip_low=low + 1)
 
 
-def played(agent, name, seeds, noise=0.5, **options):
-    """Demonstrated episodes of an environment with a gold answer, spelt in bytes by the Sokoban agent's tokenizer."""
-    _, tokenizer, _ = agent
-    rng, chat = np.random.default_rng(0), Chat(tokenizer, "rules")
-    transcripts = []
-    for seed in seeds:
-        transcript = Transcript(chat, environments.make(name, **options), seed, 10**6, 100)
-        while transcript.respond(tokenizer(demonstration(transcript.env, rng, noise)).input_ids + [tokenizer.eos_token_id]):
-            pass
-        transcripts.append(transcript)
-    return pack(transcripts, tokenizer.pad_token_id)
+def played(tokenizer, name, seeds, noise=0.5, **options):
+    """Demonstrated episodes of an environment with a gold answer."""
+    rng = np.random.default_rng(0)
+    answer = lambda env: demonstration(env, rng, noise)
+    made = [environments.make(name, **options) for _ in seeds]
+    return pack([scripted(tokenizer, env, seed, itertools.repeat(answer), Probed) for env, seed in zip(made, seeds)])
 
 
-@pytest.mark.parametrize("name, options", [("sudoku", {"max_turns": 3}), ("shop", {"products": 30, "page": 3})])
-def test_beliefs_are_teacher_forced_mean_logprobs_of_the_gold_answer(agent, name, options):
-    model, tokenizer, _ = agent
-    model = copy.deepcopy(model)
-    data = played(agent, name, [1, 1, 2], **options)
+@pytest.mark.parametrize("name, options", [("sudoku", {"max_turns": 3}), ("shop", {"products": 60, "page": 3})])
+def test_beliefs_are_teacher_forced_mean_logprobs_of_the_gold_answer(name, options):
+    model, tokenizer = load_agent(str(AGENTS / name), "cpu")
+    data = played(tokenizer, name, [1, 1, 2], **options)
     actual = beliefs(model, tokenizer, data, micro_batch=2)
     assert actual.shape == (3, int(data.turns.max()) + 1)
     for row in range(3):
-        assert len(data.probes[row]) == data.turns[row] + 1
-        assert not actual[row, len(data.probes[row]):].any()
-        for k in (0, 1, len(data.probes[row]) - 1):
-            probe = data.probes[row][k]
+        assert len(data.notes[row]) == data.turns[row] + 1
+        assert not actual[row, len(data.notes[row]):].any()
+        for k in (0, 1, len(data.notes[row]) - 1):
+            probe = data.notes[row][k]
             gold = tokenizer(probe.gold).input_ids
             if not gold:
                 assert actual[row, k] == 0
@@ -396,6 +463,8 @@ def test_beliefs_are_teacher_forced_mean_logprobs_of_the_gold_answer(agent, name
             naive = statistics.fmean(logprobs[len(context) + i - 1, token].item() for i, token in enumerate(gold))
             assert actual[row, k].item() == pytest.approx(naive, abs=1e-4)
     assert actual[0, 0] == actual[1, 0] != actual[2, 0]  # b_0 is the prompt's
+    torch.testing.assert_close(beliefs(model, tokenizer, data.select([2, 0]), 99)[:, : actual.shape[1]],
+                               actual[[2, 0]][:, : int(data.turns[[2, 0]].max()) + 1], atol=1e-5, rtol=0)
 
 
 def test_gold_answers_solve():
@@ -415,30 +484,52 @@ def test_gold_answers_solve():
 
 
 def test_turns_get_their_own_advantage_and_clip_range(agent):
+    """Those of turn_gain_advantages and turn_clip_scale, of the gain in belief that each turn brought."""
     model, tokenizer, _ = agent
-    data = played(agent, "sudoku", [3] * 4, noise=0.7, max_turns=4, max_actions=8)
-    settings = Settings(env="sudoku", algos=("grpo",), credits=("a2tgpo",))
-    _, tensors = turn_credit(data, data.returns[None], (copy.deepcopy(model), tokenizer, settings))
-    outcome = group_advantages(data.returns[None])[0]
-    for row in range(4):
-        last = data.turn_ids[row].max()
-        for turn in range(int(last) + 1):
+    data = played(tokenizer, "sudoku", [3] * 4 + [8] * 4, noise=0.7, max_turns=4, max_actions=8)
+    credit = make_credit("a2tgpo", "grpo", Settings(env="sudoku", algos=("grpo",)))
+    credit.arm = SimpleNamespace(policy=model, tokenizer=tokenizer)
+    actual = credit.advantages(data)
+    gain, mask = beliefs(model, tokenizer, data).diff(dim=1), torch.arange(4) < data.turns[:, None]
+    advantages, normalised = turn_gain_advantages(gain, mask, data.returns, data.seeds)
+    scale = turn_clip_scale(normalised, mask)
+    outcome = group_advantages(data.returns.view(2, 4)).flatten()
+    for row in range(8):
+        for turn in range(int(data.turns[row])):
             here = data.turn_ids[row] == turn
-            assert tensors["advantages"][row][here].unique().numel() == tensors["clip_scale"][row][here].unique().numel() == 1
-        assert tensors["advantages"][row][data.turn_ids[row] == last][0] == pytest.approx(outcome[row].item(), abs=1e-5)
-    assert not tensors["advantages"][~data.response_mask].any()
+            for of_token, of_turn in ((actual, advantages), (data.clip_scale, scale)):
+                expected = of_turn[row, turn].expand(int(here.sum()))
+                torch.testing.assert_close(of_token[row][here], expected, atol=1e-5, rtol=0)
+        assert actual[row][here][0] == pytest.approx(outcome[row].item(), abs=1e-5)
+        assert data.clip_scale[row][here][0] == 1
+    assert not actual[~data.response_mask].any() and scale.unique().numel() > 8
 
 
 @pytest.mark.parametrize("clip, fraction", [("paper", 1.0), ("common", 0.0)])
-def test_the_turn_clip_is_the_papers_or_the_common_one(agent, clip, fraction):
-    """A policy whose turns' ratios are 1.05: outside 0.003, inside 0.2."""
-    made = learner(agent, credit="a2tgpo", turn_clip=clip)
-    data = trajectories_of(agent, [1.0, -1.0])
-    scale = torch.ones(data.ids.shape)
-    batch = made.prepare(data, credit_of(data, [1.0, -1.0]) | {"clip_scale": scale})
-    batch["old_logprobs"] = batch["old_logprobs"] - math.log(1.05) * data.response_mask
-    log = made.minibatch_gradient(batch, torch.arange(2))
+def test_the_turn_clip_is_the_papers_or_the_common_one(clip, fraction):
+    """A policy whose turns' ratios are 1.05, of tokens' ratios of a half and of two: outside 0.003, inside 0.2."""
+    arm = arm_of(f"a2tgpo:turn_clip={clip}", prompts=1, rollouts=2)
+    answers = ["<think>The box.</think><answer>Up</answer>", "<think>Up.</think><answer>Left || Down</answer>"]
+    data = pack([scripted(arm.tokenizer, copy.deepcopy(arm.env), row, answers[: 1 + row]) for row in range(2)])
+    batch = arm.score(data)
+    wobble = torch.zeros(data.ids.shape)  # of log-ratios within a turn, 0 on average
+    for row, turn in ((0, 0), (1, 0), (1, 1)):
+        here = (data.turn_ids[row] == turn).nonzero()[:, 0]
+        wobble[row, here[: len(here) // 2 * 2]] = math.log(2) * torch.tensor([1.0, -1.0]).repeat(len(here) // 2)
+    batch.old_logprobs = batch.old_logprobs - (math.log(1.05) + wobble) * data.response_mask
+    batch.advantages, batch.weights = torch.tensor([[1.0], [-1.0]]) * data.response_mask, data.response_mask.float()
+    batch.clip_scale = torch.ones(data.ids.shape)
+    log = arm.gradient(batch)
     assert log["clip_fraction"] / log["n"] == pytest.approx(fraction)
+    assert log["ratio_mean"] / log["n"] == pytest.approx(1.05, abs=1e-4)
+
+
+def test_beliefs_of_the_arm_are_read_of_the_policy_that_played():
+    """Of the trajectories that are trained on, before the first update."""
+    arm = arm_of("a2tgpo", env="sudoku", prompts=1, rollouts=2, keep=1.0)
+    data = arm.credit.play(arm, [3])
+    assert data.seeds.tolist() == [3, 3] and [len(probes) - 1 for probes in data.notes] == data.turns.tolist()
+    assert torch.equal(arm.credit.advantages(data), arm.credit.advantages(data.select([0, 1])))
 
 
 @pytest.mark.parametrize("credits, words", [

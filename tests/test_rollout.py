@@ -1,22 +1,45 @@
 """Multi-turn sampling: what is recorded is what the model saw, and spans are where the tags are."""
 
 import copy
+import gc
 import inspect
+import json
+import math
+import sys
+import weakref
 
+import numpy as np
 import pytest
 import torch
+from helpers import assert_logprobs_are_those_of_a_plain_forward_pass, plain_logprobs, scripted
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import env as environments
+import extras.agent as taught
 import rollout as sampling
-from rollout import Chat, Transcript, rollout
+from env import response
+from extras.metrics import describe
+from kernels import score
+from rollout import Chat, Decoder, Transcript, load_agent, pack, rollout, sample, sample_turn
+from train import AGENTS, DEFAULTS, Settings
 
 
 def run(agent, n=6, temperature=1.0, seed=0, max_response_tokens=25, envs=None, **options):
     model, tokenizer, make_env = agent
+    generator = torch.Generator(model.device).manual_seed(seed)
     return rollout(model, tokenizer, envs or [make_env() for _ in range(n)], seeds=range(n), temperature=temperature,
-                   max_response_tokens=max_response_tokens, generator=torch.Generator().manual_seed(seed), **options)
+                   max_response_tokens=max_response_tokens, generator=generator, **options)
 
 
 class Scripted(environments.Sokoban):
@@ -32,24 +55,127 @@ def ragged_envs():
     return [Scripted(walls=0, max_moves=2, observation="both") for _ in range(6)]
 
 
+class Wordy(Scripted):
+    """Says little at first or later, or a lot, depending on the seed."""
+
+    def render(self):
+        return "The box. " * ([1, 40, 0, 7, 90, 3][(self.rng.bit_generator.state["state"]["state"] + self.turn) % 6])
+
+
+def wordy_envs():
+    return [Wordy(walls=0, max_moves=2) for _ in range(6)]
+
+
 @pytest.fixture(scope="module")
 def ragged(agent):
     return run(agent, envs=ragged_envs())
 
 
-def assert_logprobs_are_those_of_a_plain_forward_pass(model, played, atol=2e-5):
-    for row, n in enumerate(played.lengths.tolist()):
-        ids, mask = played.ids[row, :n], played.response_mask[row, 1:n]
-        with torch.no_grad():
-            logprobs = torch.log_softmax(model(ids[None]).logits[0, :-1].float(), -1).gather(-1, ids[1:, None])[:, 0]
-        torch.testing.assert_close(played.logprobs[row, 1:n][mask], logprobs[mask], atol=atol, rtol=0)
-        assert not played.logprobs[row, 1:n][~mask].any()
-
-
 def test_sampled_logprobs_are_those_of_one_plain_forward_pass(agent, ragged):
     """The cache over several turns, the padding columns and the shrinking batch change nothing."""
-    assert ragged.turns.tolist() == [1, 2, 3, 4, 1, 2]
+    assert ragged.turns.tolist() == [1, 2, 3, 4, 1, 2] and not ragged.logprobs[~ragged.response_mask].any()
     assert_logprobs_are_those_of_a_plain_forward_pass(agent[0], ragged)
+
+
+def stopping(model, vocabulary):
+    """The same model, but every eighth word ends a response: so rows end early, each at its own time."""
+    model = copy.copy(model)
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.eos_token_id = list(range(4, vocabulary, 8))
+    return model
+
+
+def gemma(tokenizer):
+    return dict(vocab_size=len(tokenizer) + 5, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                num_attention_heads=2, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=16,
+                max_position_embeddings=4096, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                pad_token_id=tokenizer.pad_token_id)
+
+
+def qwen(tokenizer, *layer_types):
+    return Qwen2Config(**taught.tiny_model(tokenizer).config.to_dict() | {
+        "use_sliding_window": True, "sliding_window": 7, "layer_types": list(layer_types), "num_key_value_heads": 1})
+
+
+KINDS = {
+    "full": lambda t: (Qwen2ForCausalLM, qwen(t, "full_attention", "full_attention")),
+    "sliding": lambda t: (Qwen2ForCausalLM, qwen(t, "sliding_attention", "sliding_attention")),
+    "mixed": lambda t: (Qwen2ForCausalLM, qwen(t, "full_attention", "sliding_attention")),
+    "gemma": lambda t: (Gemma3ForCausalLM, Gemma3TextConfig(**gemma(t))),
+    "gemma with eyes": lambda t: (Gemma3ForConditionalGeneration, Gemma3Config(
+        text_config=gemma(t), mm_tokens_per_image=4, boi_token_index=1, eoi_token_index=2, image_token_index=3,
+        vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+                           image_size=28, patch_size=14))),
+    "absolute positions": lambda t: (GPT2LMHeadModel, GPT2Config(
+        vocab_size=len(t), n_embd=32, n_layer=2, n_head=2, n_positions=4096, bos_token_id=None,
+        eos_token_id=t.eos_token_id)),
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_any_kind_see_in_the_cache_what_they_see_without_one(agent, kind, attention):
+    """A window counts tokens of the row, whatever padding lies before them; prompts and observations are short or long,
+    responses end early or are cut, episodes have 1 to 4 turns."""
+    tokenizer = agent[1]
+    model_class, config = KINDS[kind](tokenizer)
+    torch.manual_seed(0)
+    model = stopping(model_class._from_config(config, attn_implementation=attention).eval(), len(tokenizer))
+    for x in model.parameters():
+        if x.dim() > 1:
+            torch.nn.init.normal_(x, std=0.2)
+    for envs in (ragged_envs(), wordy_envs()):
+        played = run((model, tokenizer, None), envs=envs, max_response_tokens=15)
+        assert played.turns.tolist() == [1, 2, 3, 4, 1, 2]
+        assert_logprobs_are_those_of_a_plain_forward_pass(model, played)
+    first = (~played.response_mask).long().cumprod(1).sum(1)
+    assert first.max() > 3 * first.min()
+    responses = [int((ids == turn).sum()) for ids in played.turn_ids for turn in range(int(ids.max()) + 1)]
+    assert len(set(responses)) > 5 and min(responses) < 4 and max(responses) > 12
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("kind", ["full", "mixed", "absolute positions"])
+def test_any_order_of_rows_and_any_lengths_of_turns(agent, kind):
+    """Texts grow by 0 to 150 ids a turn, in another order every turn, rows leave: as if each were alone and new."""
+    model_class, config = KINDS[kind](agent[1])
+    torch.manual_seed(0)
+    model = model_class._from_config(config, attn_implementation="sdpa").eval()
+    rng, generator, words = np.random.default_rng(0), torch.Generator().manual_seed(0), len(agent[1])
+    for _ in range(3):
+        decoder = Decoder(model)
+        texts = {row: rng.integers(words, size=rng.integers(1, 80)).tolist() for row in range(5)}
+        while texts:
+            made = sample_turn(decoder, texts, set(range(0, words, 6)), 1.3, int(rng.integers(1, 12)), generator)
+            assert made.keys() == texts.keys()
+            for row, (ids, logprobs) in made.items():
+                expected = plain_logprobs(model, texts[row] + ids, 1.3)[len(texts[row]) - 1:]
+                torch.testing.assert_close(torch.tensor(logprobs), expected, atol=2e-5, rtol=0)
+            rows = rng.permutation(list(texts)).tolist()[: len(texts) - int(rng.random() < 0.5)]
+            longer = {row: rng.integers(words, size=rng.choice([0, 1, 9, 150])).tolist() for row in rows}
+            texts = {row: texts[row] + made[row][0] + longer[row] for row in rows}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_agent_is_the_saved_one_without_its_dropout(agent, tmp_path, kind):
+    """In float32, whatever it was saved in; in training mode, too, every pass gives the same."""
+    model_class, config = KINDS[kind](agent[1])
+    config.get_text_config().attention_dropout = config.resid_pdrop = config.attn_pdrop = config.embd_pdrop = 0.5
+    saved = model_class._from_config(config, attn_implementation="sdpa").eval()
+    for x in saved.parameters():
+        x.data = x.data.bfloat16().float()
+    copy.deepcopy(saved).bfloat16().save_pretrained(tmp_path)
+    agent[1].save_pretrained(tmp_path)
+    model, tokenizer = load_agent(str(tmp_path), "cpu")
+    assert type(model) is model_class and model.dtype == torch.float32 and not model.training
+    assert tokenizer.get_vocab() == agent[1].get_vocab() and tokenizer.chat_template == agent[1].chat_template
+    ids = torch.arange(4, 40)
+    expected = plain_logprobs(saved, ids)
+    for mode in (False, True):
+        assert torch.equal(plain_logprobs(model.train(mode), ids), expected)
+    saved.train()
+    assert not torch.equal(plain_logprobs(saved, ids), expected)
 
 
 class Counting(torch.nn.Module):
@@ -58,20 +184,20 @@ class Counting(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model, self.calls, self.config, self.generation_config = model, [], model.config, model.generation_config
-        self.device, self.set_attn_implementation = model.device, model.set_attn_implementation
+        self.device = model.device
 
-    def forward(self, input_ids, attention_mask, position_ids, use_cache, logits_to_keep, cache=None, past_key_values=None):
+    def forward(self, input_ids, cache=None, past_key_values=None, **others):
         self.calls.append(tuple(input_ids.shape))
         name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
-                          logits_to_keep=logits_to_keep, **{name: cache if past_key_values is None else past_key_values})
+        return self.model(input_ids, **{name: cache if past_key_values is None else past_key_values}, **others)
 
 
 def test_a_rollouts_work_grows_linearly_with_turns(agent):
     """Each turn feeds its own tokens, whatever came before: the columns of turn 8 are those of turn 2."""
     model, tokenizer, _ = agent
     counting = Counting(model)
-    made = [environments.make("sokoban", walls=0, max_moves=2, observation="both", max_turns=8, max_actions=16) for _ in range(3)]
+    long = dict(walls=0, max_moves=2, observation="both", max_turns=8, max_actions=16)
+    made = [environments.make("sokoban", **long) for _ in range(3)]
     played = rollout(counting, tokenizer, made, seeds=[1, 2, 3], temperature=1.0, max_response_tokens=5,
                      generator=torch.Generator().manual_seed(0))
     assert played.turns.tolist() == [8, 8, 8]
@@ -81,114 +207,72 @@ def test_a_rollouts_work_grows_linearly_with_turns(agent):
     assert fed <= 1.1 * int(played.lengths.sum()) + 8 * 3 * 5  # each token once, and some padding
 
 
-def test_rows_that_are_done_leave_the_batch(agent):
-    """Seven rows end their responses at once, one goes on: its tokens are decoded alone."""
-    model, tokenizer, make_env = agent
-    sampler = sampling.Sampler(model, tokenizer, 1.0, 20, torch.Generator().manual_seed(0))
-    transcripts = sampler.open([make_env() for _ in range(8)], range(8))
-    counting, stop = Counting(model), tokenizer.eos_token_id
-
-    def scripted(logits, temperature, generator):
-        tokens = torch.full((len(logits),), stop)
-        tokens[0 if len(logits) == 1 else 5] = tokenizer.convert_tokens_to_ids("The")
-        return tokens, torch.zeros(len(logits))
-    decoder = sampling.Decoder(counting, 8)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(sampling, "sample", scripted)
-        responses = sampling.sample_turn(decoder, [t.ids for t in transcripts], {stop}, 0, 1.0, 20, None)
-    assert [rows for rows, _ in counting.calls] == [8] + [1] * 19
-    assert {row: len(ids) for row, (ids, _) in responses.items()} == {row: 20 if row == 5 else 1 for row in range(8)}
+def test_a_turn_feeds_what_is_new_in_the_row_with_the_most_and_one_column_a_token(agent):
+    model, tokenizer, _ = agent
+    counting = Counting(stopping(model, len(tokenizer)))
+    played = run((counting, tokenizer, None), envs=wordy_envs())
+    expected, cached = [], [0] * 6
+    for turn in range(4):
+        going = [row for row in range(6) if played.turns[row] > turn]
+        starts = {row: int((played.turn_ids[row] == turn).nonzero()[0]) for row in going}
+        sizes = {row: int((played.turn_ids[row] == turn).sum()) for row in going}
+        expected += [(len(going), max(starts[row] - cached[row] for row in going))]
+        expected += [(len(going), 1)] * (max(sizes.values()) - 1)
+        for row in going:
+            cached[row] = starts[row] + sizes[row] - 1
+    assert counting.calls == expected
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kinds", [["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention", "sliding_attention"]])
-def test_layers_of_any_kind_see_in_the_cache_what_they_see_without_one(agent, kinds, attention):
-    """A window counts tokens of the row, whatever padding lies between them in the cache."""
-    tokenizer = agent[1]
-    config = Qwen2Config(**sampling.tiny_model(tokenizer).config.to_dict() | {
-        "use_sliding_window": True, "sliding_window": 7, "layer_types": kinds})
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM._from_config(config, attn_implementation=attention).eval()
-    assert_logprobs_are_those_of_a_plain_forward_pass(model, run((model, tokenizer, None), envs=ragged_envs()))
-    assert model.config._attn_implementation == attention
+def test_a_turn_ends_when_all_rows_have_ended_and_what_rows_drew_after_their_end_is_dropped(agent, monkeypatch):
+    """Seven rows end their responses at once, one goes on to the limit; then none does."""
+    model, tokenizer, _ = agent
+    counting, stop, word = Counting(model), tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("The")
+    longest = 5
+
+    def drawn(logits, temperature, generator):
+        tokens = torch.full((len(logits),), word if len(counting.calls) % 2 else stop)  # those that are done draw on
+        tokens[:] = torch.where(torch.arange(8) == longest, word, tokens if len(counting.calls) > 1 else stop)
+        return tokens, torch.arange(8) + len(counting.calls) / 100
+    monkeypatch.setattr(sampling, "sample", drawn)
+    decoder, texts = Decoder(counting), {row: [word] * (row + 1) for row in range(8)}
+    responses = sample_turn(decoder, texts, {stop}, 1.0, 20, None)
+    assert counting.calls == [(8, 8)] + [(8, 1)] * 19
+    assert [responses[row][0] for row in range(8)] == [[word] * 20 if row == 5 else [stop] for row in range(8)]
+    assert responses[3][1] == [pytest.approx(3.01)] and responses[5][1][-1] == pytest.approx(5.20)
+    assert decoder.cached == {row: row + 1 + (19 if row == 5 else 0) for row in range(8)}
+    counting.calls.clear()
+    longest = 9
+    again = sample_turn(decoder, {row: texts[row] + responses[row][0] for row in texts}, {stop}, 1.0, 20, None)
+    assert all(ids == [stop] for ids, _ in again.values()) and len(counting.calls) == 1
 
 
-class Rehearsal:
-    """A captured step as it would be on a GPU: it has its own inputs and output, and reads and writes the memory of when it was made."""
-
-    made, replays, error, wrong, proved = 0, 0, None, 0.0, False
-
-    def __init__(self, function, inputs):
-        if Rehearsal.error:
-            raise RuntimeError(Rehearsal.error)
-        self.function, self.inputs = function, [x.clone() for x in inputs]
-        self.memory, self.output = self.addresses(), function(*self.inputs)
-        Rehearsal.made += 1
-
-    def addresses(self):
-        decoder = self.function.__self__
-        return [decoder.held.data_ptr(), *(store.data_ptr() for layer in decoder.cache.layers for store in layer.stores)]
-
-    def __call__(self, *inputs):
-        assert self.addresses() == self.memory
-        for own, new in zip(self.inputs, inputs):
-            own.copy_(new)
-        Rehearsal.replays += 1
-        return self.output.copy_(self.function(*self.inputs) + Rehearsal.wrong)
+def test_the_cache_is_freed_with_its_decoder(agent):
+    gc.collect()
+    gc.disable()
+    try:
+        decoder = Decoder(agent[0])
+        with torch.no_grad():
+            decoder.begin({0: [5, 6, 7]}, 4)
+        alive = [weakref.ref(decoder), *(weakref.ref(layer.keys) for layer in decoder.cache.layers)]
+        assert all(ref() is not None for ref in alive) and len(alive) == 3
+        del decoder
+        assert all(ref() is None for ref in alive)
+    finally:
+        gc.enable()
 
 
-@pytest.fixture
-def rehearsal(monkeypatch):
-    class Capturing(sampling.Decoder):
-        def __init__(self, model, rows):
-            super().__init__(model, rows)
-            self.captures = True
-    for name, value in {"made": 0, "replays": 0, "error": None, "wrong": 0.0}.items():
-        monkeypatch.setattr(Rehearsal, name, value)
-    monkeypatch.setattr(sampling, "Captured", Rehearsal)
-    monkeypatch.setattr(sampling, "Decoder", Capturing)
-    return Rehearsal
-
-
-@pytest.mark.parametrize("half, atol", [(False, 2e-5), (True, 0.08)])
-def test_captured_decode_steps_give_the_models_logprobs(agent, rehearsal, recwarn, half, atol):
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        assert_logprobs_are_those_of_a_plain_forward_pass(agent[0], run(agent, envs=ragged_envs()), atol)
-    assert rehearsal.replays > 10 * rehearsal.made > 0 and not recwarn.list
-
-
-@pytest.mark.parametrize("problem", [{"error": "operation not permitted when stream is capturing"}, {"wrong": 1.0}])
-def test_a_graph_that_fails_or_is_wrong_is_named_and_not_used(agent, rehearsal, problem):
-    for name, value in problem.items():
-        setattr(rehearsal, name, value)
-    with pytest.warns(UserWarning, match="cannot be captured"):
-        played = run(agent, envs=ragged_envs())
-    assert_logprobs_are_those_of_a_plain_forward_pass(agent[0], played)
-    assert rehearsal.replays <= 1
+def test_under_autocast_logprobs_are_those_of_the_half_precision_model(agent):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_logprobs_are_those_of_a_plain_forward_pass(agent[0], run(agent, envs=ragged_envs()), atol=0.08)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_decode_steps_are_captured_and_give_the_models_logprobs(agent, recwarn, monkeypatch):
-    replays = []
-    call = sampling.Captured.__call__
-    monkeypatch.setattr(sampling.Captured, "__call__", lambda self, *inputs: replays.append(1) or call(self, *inputs))
-    model, tokenizer, _ = agent
-    model = copy.deepcopy(model).cuda()
-    played = rollout(model, tokenizer, ragged_envs(), seeds=range(6), temperature=1.0, max_response_tokens=25,
-                     generator=torch.Generator("cuda").manual_seed(0))
-    assert len(replays) > 50 and not recwarn.list
-    assert_logprobs_are_those_of_a_plain_forward_pass(model.cpu(), played, atol=1e-3)
-
-
-@pytest.mark.parametrize("heads, shared", [(4, 4), (4, 2), (4, 1)])
-def test_decode_attention_is_sdpas(heads, shared):
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(3, n, t, 8, generator=generator) for n, t in ((heads, 1), (shared, 70), (shared, 70)))
-    mask = torch.rand(3, 1, 1, 70, generator=generator) < 0.7
-    ours, _ = sampling.decode_attention(None, query, key, value, mask, scaling=0.3)
-    repeat = lambda x: x.repeat_interleave(heads // shared, 1)
-    theirs = torch.nn.functional.scaled_dot_product_attention(query, repeat(key), repeat(value), mask, scale=0.3)
-    torch.testing.assert_close(ours, theirs.transpose(1, 2), atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("half", [False, True])
+def test_on_a_gpu_logprobs_are_the_models(agent, half):
+    model = copy.deepcopy(agent[0]).cuda()
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+        played = run((model, *agent[1:]), envs=ragged_envs())
+    assert_logprobs_are_those_of_a_plain_forward_pass(model.cpu(), played, atol=0.1 if half else 1e-3)
 
 
 def test_sampling_leaves_the_model_as_it_was(agent):
@@ -197,20 +281,44 @@ def test_sampling_leaves_the_model_as_it_was(agent):
     run(agent, n=1)
     assert model.training and model.config._attn_implementation == "sdpa"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError):  # in the middle of a rollout, too
-        patch.setattr(sampling.Decoder, "logits", lambda self, ids, *_: torch.full((len(ids), 9), torch.nan))
+        patch.setattr(Decoder, "feed", lambda self, ids: torch.full((len(ids), 9), torch.nan))
         run(agent, n=1)
     assert model.training and model.config._attn_implementation == "sdpa"
     model.eval()
 
 
+def test_words_are_drawn_as_often_as_the_model_says(randn):
+    """Against the softmax at the temperature: 60000 draws of each of two rows; what is impossible is never drawn."""
+    logits = 2 * randn(2, 8).float()
+    logits[0, 0] = logits[0, 7] = logits[1, 3] = -math.inf
+    p = torch.softmax(logits.double() / 0.7, -1)
+    tokens, logprobs = sample(logits.repeat(60_000, 1), 0.7, torch.Generator().manual_seed(0))
+    counts = torch.stack([tokens[row::2].bincount(minlength=8) for row in range(2)])
+    assert not counts[p == 0].any()
+    chi = ((counts - 60_000 * p) ** 2 / (60_000 * p))[p > 0].sum()
+    assert chi < 30  # 11 degrees of freedom: 99.8 % lie below
+    expected = p.log().repeat(60_000, 1).gather(1, tokens[:, None])[:, 0].float()
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(tokens[::2], sample(logits.repeat(60_000, 1), 0.7, torch.Generator().manual_seed(0))[0][::2])
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2.0 ** -53])
+def test_the_smallest_and_the_largest_number_draw_the_first_and_the_last_possible_word(monkeypatch, number):
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.full(shape, number, dtype=dtype))
+    logits = torch.tensor([[-math.inf, -1e9, 0.0, 0.3, -math.inf, 5.0, -1e9, -math.inf]] * 2)
+    tokens, logprobs = sample(logits, 1.0, None)
+    assert tokens.tolist() == [2 if number == 0 else 5] * 2 and torch.isfinite(logprobs).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, math.inf])
+def test_logits_that_are_not_finite_are_named(bad):
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample(torch.tensor([[0.0, 1.0], [0.0, bad]]), 1.0, torch.Generator())
+
+
 def test_temperature_is_applied_to_the_recorded_logprobs(agent):
-    model = agent[0]
     cool = run(agent, n=2, temperature=0.5)
-    n = cool.lengths[0]
-    with torch.no_grad():
-        logprobs = torch.log_softmax(model(cool.ids[:1, :n]).logits[0, :-1] / 0.5, -1).gather(-1, cool.ids[0, 1:n, None])[:, 0]
-    mask = cool.response_mask[0, 1:n]
-    torch.testing.assert_close(cool.logprobs[0, 1:n][mask], logprobs[mask], atol=2e-5, rtol=0)
+    assert_logprobs_are_those_of_a_plain_forward_pass(agent[0], cool, temperature=0.5)
 
 
 def test_a_trajectory_reads_as_the_chat_template_writes_it(agent, ragged):
@@ -218,7 +326,8 @@ def test_a_trajectory_reads_as_the_chat_template_writes_it(agent, ragged):
     _, tokenizer, _ = agent
     for row in range(6):
         env = Scripted(walls=0, max_moves=2, observation="both")
-        messages = [{"role": "system", "content": env.system_prompt}, {"role": "user", "content": env.reset(seed=row)[0]}]
+        messages = [{"role": "system", "content": env.system_prompt},
+                    {"role": "user", "content": env.reset(seed=row)[0]}]
         for turn in range(int(ragged.turns[row])):
             words = ragged.ids[row][ragged.turn_ids[row] == turn].tolist()
             text = tokenizer.decode(words[:-1] if words[-1] == tokenizer.eos_token_id else words)
@@ -258,13 +367,90 @@ def test_padding_is_outside_every_mask(ragged):
     padding = torch.arange(ragged.ids.shape[1]) >= ragged.lengths[:, None]
     assert not ragged.response_mask[padding].any() and (ragged.turn_ids[padding] == -1).all()
     assert (ragged.ids[padding] == ragged.ids[padding][0]).all()
-    assert torch.equal(ragged.response_mask, ragged.turn_ids >= 0) and not (ragged.action_mask & ~ragged.response_mask).any()
+    assert torch.equal(ragged.response_mask, ragged.turn_ids >= 0)
+    assert not (ragged.action_mask & ~ragged.response_mask).any()
 
 
 def test_selecting_rows_drops_their_needless_padding(ragged):
     part = ragged.select(torch.tensor([0, 4]))
     assert len(part) == 2 and part.ids.shape[1] == part.lengths.max() < ragged.ids.shape[1]
     assert torch.equal(part.ids[0], ragged.ids[0, : part.ids.shape[1]])
+
+
+def tensors(played):
+    return {name: x for name, x in vars(played).items() if isinstance(x, torch.Tensor)} | played.outcome
+
+
+@pytest.fixture
+def told(ragged):
+    """Trajectories with an outcome, notes, and what a credit method has attached."""
+    played = copy.copy(ragged)
+    played.outcome, played.notes = {"score": torch.arange(6) / 10}, [f"note {row}" for row in range(6)]
+    played.attached, played.scale = played.ids.float() / 7, torch.arange(6)
+    return played
+
+
+NO, YES = False, True
+
+
+@pytest.mark.parametrize("rows, numbers", [
+    ([5, 0, 3], [5, 0, 3]), (torch.tensor([5, 0, 3]), [5, 0, 3]), ([2], [2]), ([1, 1], [1, 1]), (range(2), [0, 1]),
+    ([NO, YES, NO, NO, YES, NO], [1, 4]), (torch.tensor([YES, NO, YES, NO, NO, NO]), [0, 2]), ([YES] * 6, [*range(6)]),
+    ([], []), (torch.zeros(0, dtype=torch.long), []), ([NO] * 6, []), (torch.tensor([NO] * 6), [])])
+def test_rows_are_selected_by_numbers_or_by_a_mask_and_take_everything_along(told, rows, numbers):
+    before = {name: x.clone() for name, x in tensors(told).items()}
+    part = told.select(rows)
+    width = max((int(told.lengths[row]) for row in numbers), default=0)
+    assert type(part) is type(told) and len(part) == len(numbers) and part.notes == [f"note {row}" for row in numbers]
+    assert tensors(part).keys() == before.keys() >= {"attached", "scale", "score"}
+    for name, x in tensors(part).items():
+        expected = [before[name][row] if before[name].dim() == 1 else before[name][row, :width] for row in numbers]
+        assert x.dtype == before[name].dtype and x.shape == (len(numbers), *(width,) * (x.dim() - 1))
+        assert all(torch.equal(a, b) for a, b in zip(x, expected))
+        x.zero_()
+    assert all(torch.equal(x, before[name]) for name, x in tensors(told).items())  # a part is no window on the whole
+
+
+def test_parts_are_of_like_length_and_hold_every_row_once(told):
+    for size in (1, 2, 4, 6, 99):
+        seen, before = [], 0
+        for rows, part in told.parts(size):
+            assert len(part) == len(rows) <= size and part.notes == [f"note {row}" for row in rows.tolist()]
+            assert torch.equal(part.lengths, told.lengths[rows]) and part.lengths.min() >= before
+            before = part.lengths.max()
+            seen += rows.tolist()
+        assert sorted(seen) == list(range(6))
+
+
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_what_is_made_in_parts_is_put_where_its_rows_stand(told, size):
+    doubled, lengths = told.in_parts(lambda part: (2.0 * part.ids, part.lengths[:, None] + 0.0 * part.ids), size)
+    here = torch.arange(told.ids.shape[1]) < told.lengths[:, None]
+    assert doubled.dtype == torch.float32 and torch.equal(doubled * here, 2.0 * told.ids * here)
+    assert torch.equal(lengths * here, told.lengths[:, None] * here.float())
+
+
+def test_moving_trajectories_moves_all_of_them(told):
+    moved = told.to("meta")
+    assert all(x.device.type == "meta" for x in tensors(moved).values()) and moved.notes is told.notes
+    assert all(x.device.type == "cpu" for x in tensors(told).values())
+
+
+def test_the_description_is_counted_by_hand(agent):
+    _, tokenizer, make_env = agent
+    answers = [["<think>The box</think><answer>Up</answer>", "<answer>"], [response(["Up"])]]
+    transcripts = [scripted(tokenizer, make_env(), 3, answers[row]) for row in range(2)]
+    transcripts[0].logprobs = [-2.0 * (k == 0) - 4.0 * (k == 1) for k in transcripts[0].turn_ids]
+    transcripts[1].success = True
+    played = pack(transcripts)
+    played.outcome = {"score": torch.tensor([0.25, 0.5])}
+    # tokens: think The box /think answer Up /answer end, answer end; think /think answer Up /answer end
+    expected = {"return": (-0.1 - 0.1 - 0.1) / 2, "success": 0.5, "format_valid": 2 / 3, "turns": 1.5,
+                "think_tokens": 14 / 3, "action_tokens": 2 / 3, "action_fraction": 2 / 16, "generated_tokens": 16,
+                "score": 0.375, "think_nll": (7 * 2 + 2 * 4 + 5 * 1) / 14}
+    found = describe(played)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected)
 
 
 def test_an_episode_ends_where_the_next_turn_might_not_fit(agent):
@@ -284,7 +470,8 @@ def test_bad_arguments_are_refused(agent, change):
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('System role not supported') }}"])
 def test_a_tokenizer_that_cannot_chat_is_refused(agent, template):
-    other = PreTrainedTokenizerFast(tokenizer_object=agent[1].backend_tokenizer, eos_token="<|im_end|>", chat_template=template)
+    other = PreTrainedTokenizerFast(tokenizer_object=agent[1].backend_tokenizer, eos_token="<|im_end|>",
+                                    chat_template=template)
     with pytest.raises(ValueError, match="chat template"):
         Chat(other, "").opening("")
 
@@ -298,16 +485,18 @@ def bpe(merged):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = [byte_level.pre_tokenize_str(text)[0][0] for text in merged]
     tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(alphabet + words)}, [], ignore_merges=True))
-    pattern = "|".join(sorted(map(lambda w: "".join("\\" + c if c in "|.()" else c for c in w), merged), key=len, reverse=True))
+    escaped = ["".join("\\" + c if c in "|.()" else c for c in word) for word in merged]
+    pattern = "|".join(sorted(escaped, key=len, reverse=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern + r"|[\s\S]" if merged else r"[\s\S]"), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|im_end|>")])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
-                                   chat_template=sampling.CHAT_TEMPLATE)
+                                   chat_template=taught.CHAT_TEMPLATE)
 
 
-@pytest.mark.parametrize("merged", [[], [">Up", "Up<"], ["><", ">U", "p</"], ["answer>Up || Left</answer"], ["> ", " Up"]])
+@pytest.mark.parametrize("merged", [[], [">Up", "Up<"], ["><", ">U", "p</"], ["answer>Up || Left</answer"],
+                                    ["> ", " Up"]])
 @pytest.mark.parametrize("text, inside", [
     ("<think>so</think><answer>Up || Left</answer>", ["Up || Left"]),
     ("<think>é 漢</think>\n<answer> Up</answer>", [" Up"]),
@@ -348,9 +537,9 @@ def test_any_stop_token_ends_a_response_and_the_turn_is_closed_as_the_template_d
     answer = tokenizer("<think>x</think><answer>Up</answer>").input_ids + [other]
     before = len(transcript.ids)
     assert transcript.respond(answer) and transcript.valid == [True]
-    assert transcript.turn[before:before + len(answer)] == [0] * len(answer)
+    assert transcript.turn_ids[before:before + len(answer)] == [0] * len(answer)
     after = transcript.ids[before + len(answer):]
-    assert after[0] == tokenizer.eos_token_id and transcript.turn[before + len(answer)] == -1
+    assert after[0] == tokenizer.eos_token_id and transcript.turn_ids[before + len(answer)] == -1
 
 
 def pre_tokenizers_bytes():
@@ -365,7 +554,7 @@ def test_a_template_that_rewrites_history_does_not_change_recorded_ids(agent):
     _, tokenizer, make_env = agent
     dropping = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        chat_template=sampling.CHAT_TEMPLATE.replace("message['content']", "(message['content'].split('</think>')[-1] if "
+        chat_template=taught.CHAT_TEMPLATE.replace("message['content']", "(message['content'].split('</think>')[-1] if "
                                                      "message['role'] == 'assistant' else message['content'])"))
     transcript = Transcript(Chat(dropping, "rules"), make_env(), 0, 10**6, 100)
     answer = dropping("<think>The box.</think><answer>Up</answer>").input_ids + [dropping.eos_token_id]
@@ -394,6 +583,59 @@ def test_tiny_tokenizer_knows_words_cells_and_instructions(agent):
 
 def test_tiny_agent_is_the_same_for_the_same_seed(agent):
     tokenizer = agent[1]
-    one, two, other = (sampling.tiny_model(tokenizer, seed=seed).state_dict() for seed in (0, 0, 1))
+    one, two, other = (taught.tiny_model(tokenizer, seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("plan_in", ["answer", "think"])
+@pytest.mark.parametrize("name", environments.ENVS)
+def test_demonstrations_are_valid_and_without_noise_they_win(agent, name, plan_in):
+    rng, env = np.random.default_rng(0), environments.make(name, **({"intended": 1.0} if name == "frozenlake" else {}))
+    played = taught.demonstrations(env, agent[1], range(4), rng, 0.0, plan_in, "")
+    assert played.success.all() and (played.valid == 1).all() and played.seeds.tolist() == [0, 1, 2, 3]
+    bad = taught.demonstrations(env, agent[1], range(12), rng, 1.0, plan_in, "")
+    assert (bad.valid == 1).all() and bad.success.float().mean() < 0.7
+    for row in range(4):
+        words = agent[1].decode(played.ids[row, played.turn_ids[row] == 0])
+        think, answer = words.split("</think><answer>")
+        plan = answer.split("</answer>")[0].split(" || ")
+        assert think.endswith(f"So I play {' and '.join(plan)}.") == (plan_in == "think")
+        assert played.action_mask[row].any() and not (played.action_mask & ~played.response_mask).any()
+
+
+@pytest.mark.parametrize("name", environments.ENVS)
+def test_the_shipped_agents_know_their_boards_and_read_their_instructions_as_one_token(name):
+    settings = Settings(env=name, **DEFAULTS.get(name, {}))
+    model, tokenizer = load_agent(settings.agent, "cpu")
+    env = settings.make_env()
+    assert settings.agent == str(AGENTS / name) and model.dtype == torch.float32 and not model.training
+    for phrase in (env.system_prompt, env.format_reminder):
+        assert len(tokenizer(phrase).input_ids) == 1
+    played = rollout(model, tokenizer, [copy.deepcopy(env) for _ in range(5)], seeds=settings.evaluation_seeds()[:5],
+                     temperature=0.5, max_response_tokens=settings.max_response_tokens,
+                     generator=torch.Generator().manual_seed(0))
+    assert played.valid.mean() > 0.9 and describe(played)["action_fraction"] < 0.3
+
+
+def test_an_agent_is_taught_on_the_boards_that_were_asked_for(tmp_path, monkeypatch):
+    """In seconds: it hardly knows the game, but can be loaded and played."""
+    boards = ["walls=0", "max_turns=2", "max_moves=3"]
+    small = "--width 32 --layers 1 --episodes 32 --steps 8 --worse-steps 1 --env-options".split()
+    monkeypatch.setattr(sys, "argv", ["agent", "sokoban", "--out", str(tmp_path / "made"), *small, *boards])
+    taught.main()
+    assert json.loads((tmp_path / "made" / "env.json").read_text()) == {"walls": 0, "max_turns": 2, "max_moves": 3}
+    model, tokenizer = load_agent(str(tmp_path / "made"), "cpu")
+    env = Settings(env_options=tuple(boards)).make_env()
+    assert model.config.hidden_size == 32 and len(tokenizer(env.system_prompt).input_ids) == 1
+    assert len(run((model, tokenizer, lambda: copy.deepcopy(env)), n=2)) == 2
+
+
+def test_imitation_makes_demonstrated_responses_likelier(agent):
+    rng, (model, tokenizer, make_env) = np.random.default_rng(0), agent
+    data = taught.demonstrations(make_env(), tokenizer, range(4), rng, 0.0, "answer", "")
+    model = copy.deepcopy(model)
+    nll = lambda: -score(model, data.ids, data.response_mask).logprobs.sum().item() / int(data.response_mask.sum())
+    before = nll()
+    taught.imitate(model, data, 15, 1e-2, rng, "", batch=3)
+    assert nll() < 0.8 * before
