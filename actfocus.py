@@ -93,14 +93,20 @@ def token_weights(signal, action_mask, response_mask, *, alpha=0.1, beta=0.5, ep
 
 def token_logprobs(logits, targets):
     """Log-probs [n] of targets[n] under raw logits[n, V]."""
-    return logits.gather(-1, targets[:, None])[:, 0] - torch.logsumexp(logits, -1)
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def token_entropy(logits):
+    """Entropy [n] of the softmax of raw logits[n, V], in nats."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # clamp: 0 * -inf is nan
 
 
 # What is put in the place of energy in the paper's ablation (random: a control of ours). Each is (logits[n, V] of the
 # frozen reference, targets[n], old_logprobs[n] of the policy that sampled) -> the score [n] of n tokens.
 SIGNALS = {
     "energy": lambda logits, targets, old_logprobs: token_energy(logits),
-    "entropy": lambda logits, targets, old_logprobs: torch.distributions.Categorical(logits=logits).entropy(),
+    "entropy": lambda logits, targets, old_logprobs: token_entropy(logits),
     "nll": lambda logits, targets, old_logprobs: -old_logprobs,
     "shift": lambda logits, targets, old_logprobs: old_logprobs - token_logprobs(logits, targets),
     "random": lambda logits, targets, old_logprobs: torch.rand_like(old_logprobs),
@@ -119,7 +125,7 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
     clip_fraction (rho outside the clip range, whatever the advantage's sign), ratio_mean.
     ValueError: another shape, a negative or non-finite weight or weight_sum, a value not finite where weights > 0.
     """
-    logprobs, weights = at_least_float32(logprobs), weights.detach()
+    logprobs, weights = at_least_float32(logprobs), at_least_float32(weights.detach())
     check(logprobs, weights=weights)
     active = weights > 0
     check(logprobs, where=active, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)

@@ -53,7 +53,6 @@ class Env:
     moves nothing; in an answer with both known and unknown actions, the known ones are played.
     """
 
-    name: str
     intro: str  # who the agent is, the rules and the symbols
     actions: tuple[str, ...]
     format_penalty = 0.1

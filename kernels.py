@@ -30,18 +30,14 @@ SMALLEST = -1e4  # log of a probability that is 0 in float32; finite, because 0 
 
 def _statistics(logits, targets, temperature):
     """logits[n, V], targets[n] -> (logprob[n], logsumexp[n] of the raw logits, entropy[n])."""
-    z = logits / temperature
-    log_total = torch.logsumexp(z, -1)  # [n]
-    log_p = (z - log_total[:, None]).clamp(min=SMALLEST)
-    logprob = z.gather(1, targets[:, None])[:, 0] - log_total
-    raw = log_total if temperature == 1 else torch.logsumexp(logits, -1)
-    return logprob, raw, -(log_p.exp() * log_p).sum(-1)
+    log_p = torch.log_softmax(logits / temperature, -1)  # not z - logsumexp(z), which cancels where logits are large
+    logprob = log_p.gather(1, targets[:, None])[:, 0]
+    return logprob, torch.logsumexp(logits, -1), -(log_p.exp() * log_p.clamp(min=SMALLEST)).sum(-1)
 
 
 def _slope(logits, targets, temperature, d_logprob, d_entropy):
     """d loss / d logits[n, V], from d_logprob[n] and d_entropy[n]."""
-    z = logits / temperature
-    log_p = (z - torch.logsumexp(z, -1)[:, None]).clamp(min=SMALLEST)
+    log_p = torch.log_softmax(logits / temperature, -1).clamp(min=SMALLEST)
     p = log_p.exp()
     entropy = -(p * log_p).sum(-1)
     slope = -p * (d_logprob[:, None] + d_entropy[:, None] * (log_p + entropy[:, None]))

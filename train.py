@@ -112,6 +112,8 @@ class Settings:
                 raise ValueError(f"{f.name}: name at least one, and none twice")
         if self.signal not in SIGNALS:
             raise ValueError(f"signal: {self.signal!r} is not one of {', '.join(SIGNALS)}")
+        if self.signal == "shift" and self.temperature != 1:
+            raise ValueError("signal: shift reads the reference at temperature 1, so it needs --temperature 1")
         self.torch_device  # a device that is not there is refused here
         env = self.make_env()
         env.reset(seed=0)  # as are options that admit no board
@@ -124,10 +126,10 @@ class Settings:
         return self.model if self.model != "tiny" else str(AGENTS / self.env)
 
     def board_options(self):
-        """Options of the environment: the given ones, or else those of the boards that the built-in agent knows."""
-        taught = Path(self.agent) / "env.json"
-        if self.model == "tiny" and not self.env_options and taught.exists():
-            return json.loads(taught.read_text())
+        """Options of the environment: the given ones, or else those that the agent was taught on."""
+        taught = Path(self.agent) / "env.json"  # what `python -m extras.agent` leaves: {environment: its options}
+        if not self.env_options and taught.exists():
+            return json.loads(taught.read_text()).get(self.env, {})
         return extra("options").key_values(self.env_options)
 
     def make_env(self):
@@ -230,12 +232,14 @@ class Arm:
             # Not the sampler's: the same forward pass for old and new makes the first ratio 1 in any precision.
             old = score(self.policy, part.ids, part.response_mask, s.temperature)
             of_reference = score_logits(self.reference, part.ids, part.response_mask, old.logprobs, SIGNALS["energy"],
-                                        SIGNALS[s.signal], lambda logits, targets, _: token_logprobs(logits, targets))
+                                        SIGNALS[s.signal], lambda z, y, _: token_logprobs(z / s.temperature, y))
             values = self.critic(part.ids, part.response_mask) if self.critic else torch.zeros_like(old.logprobs)
             return old.logprobs, old.entropy, *of_reference, values
-        chosen = chosen.to(s.torch_device)
+        chosen, batch = chosen.to(s.torch_device), Batch.__new__(Batch)
         with s.autocast():
-            batch = Batch(*vars(chosen).values(), *chosen.in_parts(fixed, self.micro_batch))
+            scores = chosen.in_parts(fixed, self.micro_batch)
+        names = ("old_logprobs", "old_entropy", "energy", "signal", "ref_logprobs", "old_values")
+        vars(batch).update(vars(chosen) | dict(zip(names, scores)))  # what a credit has attached to them comes along
         if self.critic:
             mask = batch.response_mask
             last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # the return is paid on the last response token

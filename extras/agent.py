@@ -1,8 +1,8 @@
 """The built-in agents: a small Qwen2 with its own tokenizer, taught a game and then to play it badly.
 
-    python -m extras.agent sokoban                      # teach it anew, into extras/agents/sokoban (minutes) python -m
-    extras.agent sokoban --plan-in think --out DIR        # one that decides while it reasons; then --model DIR python
-    -m extras.agent mygame:Game --out DIR        # an environment of your own, as module:Class
+    python -m extras.agent sokoban                                 # anew, into extras/agents/sokoban (minutes)
+    python -m extras.agent sokoban --plan-in think --out DIR       # one that decides while it reasons; then --model DIR
+    python -m extras.agent mygame:Game --out DIR                   # an environment of your own, as module:Class
 
 The two stages matter: an agent that is weak because it never learnt the game has nothing that reinforcement could bring
 out. This one knows the game (stage 1, an oracle's moves with some noise) and plays it badly (stage 2, poor
@@ -180,7 +180,7 @@ def main():
         model, tokenizer = teach(env, held_out, **how, plan_in=options.plan_in)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        (out / "env.json").write_text(json.dumps(settings.board_options(), indent=1) + "\n")
+        (out / "env.json").write_text(json.dumps({options.env: settings.board_options()}, indent=1) + "\n")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"{sum(p.numel() for p in model.parameters())} parameters, written to {out}")

@@ -1,5 +1,4 @@
-"""Facts about a state, as sentences: demonstrations reason in them, and what an agent claims in its reasoning is held
-to them.
+"""Facts about a state, as sentences: demonstrations reason in them, and an agent's reasoning is held to them.
 
 An environment may define `facts()`, true sentences about its state, and `fact_pattern`, what a sentence looks like that
 claims one, true or not. Sokoban's stand here, so that env.py has the game alone.
@@ -66,7 +65,7 @@ def accuracy(played, tokenizer, env):
         env.reset(seed=seed)
         for turn in range(int(played.turns[row])):
             ids = played.ids[row, played.turn_ids[row] == turn].tolist()
-            words = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+            words = ids[:-1] if ids[-1] in tokenizer.all_special_ids else ids
             text = tokenizer.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             counts = check(env, text)
             stated, true = stated + counts[0], true + counts[1]

@@ -24,11 +24,13 @@ def make_credit(text, algo, settings):
     if twice := {answer for answer in own_answers if own_answers.count(answer) > 1} - {"check", "algos"}:
         raise ValueError(f"credits: {name!r} joins methods that both have {', '.join(sorted(twice))} of their own")
     try:
-        credit = type(name, tuple(parts), {})(algo, settings)  # each answers where it differs from plain PPO and GRPO
+        # Each answers where it differs from plain PPO and GRPO, and goes with what all of them go with.
+        algos = tuple(name for name in Credit.algos if all(name in part.algos for part in parts))
+        credit = type(name, tuple(parts), {"algos": algos})(algo, settings)
     except TypeError:
         raise ValueError(f"credits: {name!r} cannot be joined") from None
     for key, _, value in (option.partition("=") for option in own.split(",") if option):
-        is_credits = key[:1] != "_" and isinstance(getattr(credit, key, None), (str, int, float))
+        is_credits = key[:1] != "_" and isinstance(getattr(type(credit), key, None), (str, int, float))
         if not is_credits and key not in OWN_SETTINGS:
             raise ValueError(f"credits: {key!r} in {text!r} is not a setting that a credit can have for itself")
         try:

@@ -10,8 +10,8 @@ the mean log-prob of the gold answer, forced after each turn. A_k = A_outcome + 
 sqrt(number of terms), without the sum in the last turn, z within (board, turn); the ratio is the turn's geometric mean,
 and its clip range widens with the gain. It needs an environment with a gold answer (`Env.gold`): Sudoku or the shop.
 
-    python train.py --algos grpo --credits uniform actfocus carl carl+actfocus python train.py --algos grpo --env sudoku
-    --minibatch 16 --credits uniform a2tgpo a2tgpo+actfocus a2tgpo:turn_clip=common
+    python train.py --algos grpo --credits uniform actfocus carl carl+actfocus
+    python train.py --algos grpo --env sudoku --minibatch 16 --credits uniform a2tgpo a2tgpo:turn_clip=common
 """
 
 import copy

@@ -1,5 +1,4 @@
-"""What keeps a run safe: files that are written whole, arms in processes of their own, signals, what --resume goes on
-from.
+"""What keeps a run safe: files that are written whole, arms in processes of their own, signals, and --resume.
 
 Each arm writes its own log and checkpoint (DIR/arms); the parent only reads. Whatever ends a run at whatever moment,
 the same command with --resume goes on from the last checkpoints and writes the metrics of a run that was never stopped.

@@ -1,8 +1,8 @@
 """One episode, turn by turn, each token shaded by its ActFocus weight: in the terminal, or as an SVG.
 
-    python -m extras.show                                               # the built-in agent python -m extras.show
-    --checkpoint runs/latest/arms/grpo-actfocus-0.pt      # after training, with its run's settings python -m
-    extras.show --svg results/episode.svg                     # the picture in the README
+    python -m extras.show                                                         # the built-in agent
+    python -m extras.show --checkpoint runs/latest/arms/grpo-actfocus-0.pt        # after training
+    python -m extras.show --svg results/episode.svg                               # the picture in the README
 
 It is the episode with the largest advantage of a group of G, on the first board (of 20) that the group wins and loses.
 """
@@ -74,7 +74,7 @@ def turns(arm, batch, row):
         where = (batch.turn_ids[row] == turn).nonzero()[:, 0]
         tokens = [(decode([int(batch.ids[row, t])]), float(batch.weights[row, t]), bool(batch.action_mask[row, t])) for t in where]
         board, ids = env.render().splitlines(), batch.ids[row, where].tolist()
-        reward = env.step(decode(ids[:-1] if ids[-1] == arm.tokenizer.eos_token_id else ids))[1]
+        reward = env.step(decode(ids[:-1] if ids[-1] in arm.tokenizer.all_special_ids else ids))[1]
         shown.append((board, tokens, reward))
     return shown, env.render().splitlines()
 

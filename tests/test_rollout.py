@@ -127,7 +127,7 @@ def test_layers_of_any_kind_see_in_the_cache_what_they_see_without_one(agent, ki
             torch.nn.init.normal_(x, std=0.2)
     for envs in (ragged_envs(), wordy_envs()):
         played = run((model, tokenizer, None), envs=envs, max_response_tokens=15)
-        assert played.turns.tolist() == [1, 2, 3, 4, 1, 2]
+        assert played.turns.tolist() == [1, 2, 3, 4, 1, 2] and not played.logprobs[~played.response_mask].any()
         assert_logprobs_are_those_of_a_plain_forward_pass(model, played)
     first = (~played.response_mask).long().cumprod(1).sum(1)
     assert first.max() > 3 * first.min()
@@ -624,7 +624,7 @@ def test_an_agent_is_taught_on_the_boards_that_were_asked_for(tmp_path, monkeypa
     small = "--width 32 --layers 1 --episodes 32 --steps 8 --worse-steps 1 --env-options".split()
     monkeypatch.setattr(sys, "argv", ["agent", "sokoban", "--out", str(tmp_path / "made"), *small, *boards])
     taught.main()
-    assert json.loads((tmp_path / "made" / "env.json").read_text()) == {"walls": 0, "max_turns": 2, "max_moves": 3}
+    assert json.loads((tmp_path / "made" / "env.json").read_text()) == {"sokoban": {"walls": 0, "max_turns": 2, "max_moves": 3}}
     model, tokenizer = load_agent(str(tmp_path / "made"), "cpu")
     env = Settings(env_options=tuple(boards)).make_env()
     assert model.config.hidden_size == 32 and len(tokenizer(env.system_prompt).input_ids) == 1

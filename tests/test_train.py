@@ -496,7 +496,7 @@ def test_every_rival_learns_in_a_process_of_its_own(tmp_path):
     assert all(arm["updates"] > 0 for arm in strict((out / "summary.json").read_text())["arms"])
 
 
-@pytest.mark.parametrize("env", ["frozenlake", "shop"])
+@pytest.mark.parametrize("env", ["frozenlake", pytest.param("shop", marks=pytest.mark.slow)])
 def test_every_environment_runs_with_its_own_agent(env, tmp_path):
     code, output, error = run("--out", tmp_path, *BRIEF, "--env", env, "--algos", "grpo", "--signal", "entropy",
                               "--credits", "actfocus:alpha=0.3")
@@ -516,13 +516,14 @@ def test_a_saved_model_runs_from_its_directory(tmp_path):
     assert "over seeds 0 1" in output and "2 seeds prove nothing" in output
 
 
-@pytest.mark.parametrize("env", ["sudoku", pytest.param("shop", marks=pytest.mark.slow)])
-def test_an_instruct_model_runs_from_its_directory(tmp_path, instruct_model, monkeypatch, env):
+@pytest.mark.parametrize("env, options", [("sudoku", ["max_turns=3", "max_actions=6"]),
+                                          pytest.param("shop", ["max_turns=15"], marks=pytest.mark.slow)])
+def test_an_instruct_model_runs_from_its_directory(tmp_path, instruct_model, monkeypatch, env, options):
     """In bfloat16 with gradient checkpointing, PPO and GRPO, the paper's boards: the path of a downloaded model."""
     monkeypatch.setattr(Settings, "autocast", HALF)
     code, output, error = run("--out", tmp_path, *BRIEF, "--model", instruct_model, "--env", env, "--lr", "1e-3",
                               "--prompts", "1", "--gradient-checkpointing", "--credits", "actfocus",
-                              "--max-response-tokens", "15")
+                              "--max-response-tokens", "15", "--env-options", *options)
     assert code == 0, error
     lines = metrics(tmp_path)
     assert len(lines) == 4 and all(0 <= line["success"] <= 1 for line in lines if line["step"])
@@ -635,23 +636,26 @@ if __name__ == "__main__":
 '''
 
 
-def test_an_environment_in_a_file_of_the_users_own_trains_in_processes(tmp_path, monkeypatch):
-    """Registered in the script that is run; its agent is taught by the built-in teacher."""
-    (tmp_path / "corridor.py").write_text(CORRIDOR)
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def corridor(tmp_path_factory):
+    """The script runs in the background, with an agent that the built-in teacher taught -> (process, directory)."""
+    path = tmp_path_factory.mktemp("corridor")
+    (path / "corridor.py").write_text(CORRIDOR)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.environments, "ENVS", dict(train.environments.ENVS))
-        env = runpy.run_path(str(tmp_path / "corridor.py"))["Corridor"](max_turns=1)
+        env = runpy.run_path(str(path / "corridor.py"))["Corridor"](max_turns=1)
     for part in teach(env, set(), layers=1, episodes=200, steps=200, worse_steps=0):
-        part.save_pretrained(tmp_path / "model")
-    process = start(tmp_path / "out", "--model", tmp_path / "model", "--env", "corridor", "--env-options",
-                    "max_turns=1", "--algos", "grpo", "--credits", "actfocus", "--max-response-tokens", "40",
-                    script=tmp_path / "corridor.py")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert "You are at" in Settings(env="corridor:Corridor", model=str(tmp_path / "model")).make_env().reset()[0]
-    _, error = process.communicate(timeout=100)
-    assert process.returncode == 0, error
-    lines = metrics(tmp_path / "out")
-    assert len(lines) == 3 and lines[1]["updates"] > 0 and lines[1]["format_valid"] > 0.5
+        part.save_pretrained(path / "model")
+    process = start(path / "out", "--model", path / "model", "--env", "corridor", "--env-options", "max_turns=1", "--algos",
+                    "grpo", "--credits", "actfocus", "--max-response-tokens", "40", script=path / "corridor.py")
+    yield process, path
+    process.kill()
+    process.communicate()
+
+
+def test_an_environment_can_be_named_as_module_and_class(corridor, monkeypatch):
+    monkeypatch.syspath_prepend(corridor[1])
+    assert "You are at" in Settings(env="corridor:Corridor", model=str(corridor[1] / "model")).make_env().reset()[0]
 
 
 # Settings
@@ -746,6 +750,14 @@ def test_every_setting_is_explained(capsys):
 # The command as it is
 
 
+def test_an_environment_registered_in_a_script_of_the_users_own_trains_in_processes(corridor):
+    process, path = corridor
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 0, error
+    lines = metrics(path / "out")
+    assert len(lines) == 3 and lines[1]["updates"] > 0 and lines[1]["format_valid"] > 0.5
+
+
 @pytest.fixture(scope="module", autouse=True)
 def begun(tmp_path_factory):
     """The default comparison, which runs while the tests above do."""
@@ -805,8 +817,16 @@ def test_all_credits_train_on_the_same_boards(finished):
 
 
 def test_the_same_seed_writes_the_same_metrics_and_another_seed_others(finished, tmp_path):
-    """Four arms that learn, once in processes side by side and once one after the other in this one."""
-    code, _, error = run("--out", tmp_path / "0")
-    assert code == 0 and metrics(tmp_path / "0") == metrics(finished[3]), error
+    """Arms that learn, once in processes side by side and once one after the other in this one."""
+    code, _, error = run("--out", tmp_path / "0", "--credits", "actfocus")
+    lines = [line for line in metrics(finished[3]) if line["credit"] == "actfocus"]
+    assert code == 0 and metrics(tmp_path / "0") == lines, error
+    assert all(sum(line.get("updates", 0) for line in lines if line["algo"] == algo) > 0 for algo in ("ppo", "grpo"))
     code, _, error = run("--out", tmp_path / "1", *BRIEF, "--seeds", "1", "--algos", "grpo", "--credits", "uniform")
     assert code == 0 and metrics(tmp_path / "1")[1]["think_nll"] != metrics(finished[3])[1]["think_nll"], error
+
+
+@pytest.mark.slow
+def test_the_same_command_writes_the_same_metrics(finished, tmp_path):
+    _, error = (process := start(tmp_path)).communicate(timeout=100)
+    assert process.returncode == 0 and metrics(tmp_path) == metrics(finished[3]), error
