@@ -241,6 +241,8 @@ class Arm:
         names = ("old_logprobs", "old_entropy", "energy", "signal", "ref_logprobs", "old_values")
         vars(batch).update(vars(chosen) | dict(zip(names, scores)))  # what a credit has attached to them comes along
         if self.critic:
+            if not torch.isfinite(batch.old_values).all():
+                raise FloatingPointError("the critic's values are not finite")
             mask = batch.response_mask
             last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # the return is paid on the last response token
             batch.gae_advantages, batch.value_targets = gae(last * batch.returns[:, None], batch.old_values, mask,

@@ -81,7 +81,8 @@ class SettingsParser(OneLineParser):
         """-> (Settings, the options that are none). settings: values that go before those of the command line."""
         options = self.parse_args(arguments)
         given = {f.name: vars(options).pop(f.name) for f in fields(Settings) if f.name in options}
-        values = settings | DEFAULTS.get(given.get("env"), {}) | given
+        known = {f.name: settings[f.name] for f in fields(Settings) if f.name in settings}  # less an older version's own
+        values = known | DEFAULTS.get(given.get("env"), {}) | given
         try:
             return Settings(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}), options
         except (ValueError, RuntimeError) as error:  # RuntimeError: a device, or no board, that torch or the environment refuses

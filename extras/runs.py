@@ -6,15 +6,16 @@ the same command with --resume goes on from the last checkpoints and writes the 
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
 import sys
 import threading
 import time
-import zipfile
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -32,8 +33,11 @@ received = []  # the signals that this process got
 def write(path, data):
     """Replace a file, all or nothing: neither a kill nor a full disk nor a reader leaves or sees half of it."""
     partial = path.with_name(path.name + ".partial")
+    if not isinstance(data, str):  # a checkpoint: what torch.save writes, then its checksum, which torch.load ignores
+        torch.save(data, buffer := io.BytesIO())
+        data = buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest()
     with open(partial, "wb") as file:
-        file.write(data.encode()) if isinstance(data, str) else torch.save(data, file)
+        file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())  # on the disk before it takes the place of the last one
     if path.suffix == ".pt" and path.exists():
@@ -44,13 +48,15 @@ def write(path, data):
 def load_checkpoint(path, device="cpu"):
     """The newest whole checkpoint, or None; a damaged one is named on stderr. Nothing in the file is executed."""
     for candidate in (path, Path(f"{path}.previous")):
+        if not candidate.exists():
+            continue
+        data = candidate.read_bytes()
         try:
-            if candidate.exists() and zipfile.ZipFile(candidate).testzip() is None:  # torch.save's format has checksums
-                return torch.load(candidate, map_location=device, weights_only=True)
-        except Exception:  # what a damaged archive raises depends on where the damage is
+            if hashlib.sha256(data[:-32]).digest() == data[-32:]:
+                return torch.load(io.BytesIO(data[:-32]), map_location=device, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError):  # no checkpoint of ours, whatever its checksum
             pass
-        if candidate.exists():
-            print(f"train.py: {candidate} is damaged, so it is not used", file=sys.stderr)
+        print(f"train.py: {candidate} is damaged, so it is not used", file=sys.stderr)
     return None
 
 

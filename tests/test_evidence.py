@@ -19,7 +19,7 @@ from actfocus import SIGNALS, token_weights
 from extras import diagnose, report, show
 from extras.diagnose import gradient_shares, rank_correlation, spearman
 from extras.report import collapse, costs, paired_gain, table
-from extras.runs import ArmFiles
+from extras.runs import ArmFiles, load_checkpoint
 from kernels import score
 from train import Settings
 
@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_agent_or_a_damaged_one_ends_in_one_line(trained
     for part in agent[:2]:
         part.save_pretrained(tmp_path / "agent")
     code, _, error = call(show.main, "--checkpoint", checkpoint, "--model", tmp_path / "agent")
-    name = torch.load(checkpoint, weights_only=True)["agent"]
+    name = load_checkpoint(checkpoint)["agent"]
     assert code == 2 and error.count("\n") == 1 and "was trained from agent" in error and name in error
     (tmp_path / "bad.pt").write_bytes(checkpoint.read_bytes()[:-9])
     code, _, error = call(show.main, "--checkpoint", tmp_path / "bad.pt")

@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -262,13 +263,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys
     assert "arm.pt is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bits", [[4], pytest.param([0, 1, 2, 3, 5, 6, 7], marks=pytest.mark.slow)])
-def test_with_any_bit_flipped_what_is_loaded_is_what_was_saved_or_nothing(tmp_path, bits):
-    """In every byte of a small checkpoint; those of a date in the archive may pass."""
+@pytest.mark.parametrize("every", [37, pytest.param(1, marks=pytest.mark.slow)])
+def test_with_any_bit_flipped_what_is_loaded_is_what_was_saved_or_nothing(tmp_path, every):
+    """Of a small checkpoint; one that nothing reads may pass."""
     path, state = tmp_path / "arm.pt", STATE | {"weights": torch.arange(10.0)}
     write(path, state)
     data, refused = path.read_bytes(), 0
-    for place, bit in itertools.product(range(len(data)), bits):
+    flips = list(itertools.product(range(len(data)), range(8)))[::every]
+    for place, bit in flips:
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1:])
         with contextlib.redirect_stderr(io.StringIO()):
             found = load_checkpoint(path)
@@ -276,7 +278,7 @@ def test_with_any_bit_flipped_what_is_loaded_is_what_was_saved_or_nothing(tmp_pa
         if found is not None:
             assert found.keys() == state.keys() and torch.equal(found["weights"], state["weights"]), (place, bit)
             assert found["step"] == 3 and found["lines"] == "[]", (place, bit)
-    assert refused > len(data) * len(bits) / 2
+    assert refused > len(flips) / 2
 
 
 def test_without_a_whole_checkpoint_the_arm_starts_again(tmp_path):
@@ -294,7 +296,7 @@ def test_a_checkpoint_executes_no_code(tmp_path, capsys):
     write(tmp_path / "arm.pt", {"x": Call(), "step": 1})
     assert load_checkpoint(tmp_path / "arm.pt") is None and not (tmp_path / "ran").exists()
     assert "arm.pt" in capsys.readouterr().err
-    torch.load(tmp_path / "arm.pt", weights_only=False)  # the file is one that could do harm
+    pickle.loads(pickle.dumps(Call()))  # it could have done harm
     assert (tmp_path / "ran").exists()
 
 

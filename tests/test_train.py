@@ -33,7 +33,7 @@ SMALL = {"prompts": 2, "rollouts": 4, "keep": 1.0, "minibatch": 4, "micro_batch"
          "eval_rollouts": 2, "eval_every": 2, "steps": 2}
 COMMAND = [word for name, value in SMALL.items() for word in ("--" + name.replace("_", "-"), str(value))]
 RETURNS = [1.0, -1.0, 2.0, 0.5, 0.0, -0.5]  # of two groups of three
-ANSWERS = ("<think>The box.</think><answer>Up</answer>", "<think>Up.</think><answer>Left || Down</answer>")
+UP, LEFT = "<think>The box.</think><answer>Up</answer>", "<think>Up.</think><answer>Left || Down</answer>"
 HALF = lambda settings: torch.autocast("cpu", torch.bfloat16)  # as on a GPU
 BOARDS = ["walls=0", "min_moves=2", "max_moves=4", "max_turns=2", "max_actions=4", "observation=coordinates"]
 BRIEF = ["--steps", "1", "--eval-boards", "1", "--eval-rollouts", "1"]
@@ -46,12 +46,12 @@ def arm_of(algo="grpo", credit="actfocus", **settings):
     return Arm(Settings(**settings), algo, credit, 0)
 
 
-def trajectories_of(arm, rewards, answers=ANSWERS, group=3):
-    """Scripted episodes, of one turn and of two by turns, with the given returns, action tokens and all."""
+def trajectories_of(arm, rewards, answers=((UP,), (UP, LEFT)), group=3):
+    """Scripted episodes with the given returns and, in turn, each of the answers: a turn or two, if not said."""
     chat, transcripts = Chat(arm.tokenizer, arm.env.system_prompt), []
     for i, reward in enumerate(rewards):
         transcript = Transcript(chat, copy.deepcopy(arm.env), i // group, 10**6, 100)
-        for answer in answers[: 1 + i % 2]:
+        for answer in answers[i % len(answers)]:
             transcript.respond(arm.tokenizer(answer).input_ids + [arm.tokenizer.eos_token_id])
         transcript.rewards = [0.0] * (len(transcript.rewards) - 1) + [reward]
         transcripts.append(transcript)
@@ -298,16 +298,14 @@ def test_actfocus_costs_what_uniform_credit_costs(algo):
 
 @pytest.mark.parametrize("algo", ["ppo", "grpo"])
 def test_rewarded_actions_become_likelier(algo):
-    """Episodes of one turn are rewarded, those of two turns are not."""
-    arm = scripted(arm_of(algo, entropy_coef=0.0, lr=1e-4), [1.0, -1.0] * 3)
+    arm = scripted(arm_of(algo, entropy_coef=0.0, lr=1e-4), [1.0, -1.0] * 3, answers=((UP,), (LEFT,)))
     data = arm.credit.play()
-    second_turn = data.action_mask & (data.turn_ids == 1)
-    first_only = data.action_mask & (data.turn_ids.amax(1, keepdim=True) == 0)
+    rewarded, punished = (data.action_mask & (data.returns == value)[:, None] for value in (1, -1))
     logprobs = lambda mask: score(arm.policy, data.ids, data.response_mask).logprobs[mask].mean().item()
-    rewarded, punished = logprobs(first_only), logprobs(second_turn)
+    before = logprobs(rewarded), logprobs(punished)
     for _ in range(5):
         arm.step()
-    assert logprobs(second_turn) < punished and logprobs(first_only) - rewarded > logprobs(second_turn) - punished
+    assert logprobs(rewarded) > before[0] and logprobs(punished) < before[1]
 
 
 def test_the_critic_learns():
@@ -356,7 +354,7 @@ def test_a_step_without_spread_is_skipped_and_counted():
 @pytest.mark.parametrize("algo", ["ppo", "grpo"])
 def test_a_step_whose_tokens_weigh_nothing_teaches_the_policy_nothing(algo):
     """alpha 0, and not one answer in the batch: a run goes on, and its log stays JSON."""
-    arm = scripted(arm_of(algo, alpha=0.0, minibatch=2), answers=("hm", "well"))
+    arm = scripted(arm_of(algo, alpha=0.0, minibatch=2), answers=(("hm",), ("hm", "well")))
     before = copy.deepcopy(arm.policy.state_dict())
     metrics = arm.step()
     assert json.dumps(metrics, allow_nan=False)
@@ -646,8 +644,8 @@ def corridor(tmp_path_factory):
         env = runpy.run_path(str(path / "corridor.py"))["Corridor"](max_turns=1)
     for part in teach(env, set(), layers=1, episodes=200, steps=200, worse_steps=0):
         part.save_pretrained(path / "model")
-    process = start(path / "out", "--model", path / "model", "--env", "corridor", "--env-options", "max_turns=1", "--algos",
-                    "grpo", "--credits", "actfocus", "--max-response-tokens", "40", script=path / "corridor.py")
+    process = start(path / "out", "--model", path / "model", "--env", "corridor", "--env-options", "max_turns=1",
+                    "--algos", "grpo", "--credits", "actfocus", "--max-response-tokens", "40", script=path / "corridor.py")
     yield process, path
     process.kill()
     process.communicate()
