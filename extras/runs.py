@@ -183,15 +183,17 @@ def run_arms(train_arm, settings, arms, report):
 
     report(line) gets every line of their logs as it comes.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = min(settings.jobs or (1 if settings.torch_device.type == "cuda" else cores), len(arms))
     context, seen = torch.multiprocessing.get_context("spawn"), Counter()
     stop, threads = context.Event(), max(1, min(torch.get_num_threads(), cores // jobs))
     pool = ProcessPoolExecutor(jobs, context, in_worker, (stop, threads))
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to the whole process group: what is
+            signal.signal(number, signal.SIG_IGN)  # ignored here now is ignored in the workers that submit() starts
         left = {pool.submit(train_arm, settings, *arm) for arm in arms}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
         while left:
             done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
             for arm in arms:
@@ -204,7 +206,8 @@ def run_arms(train_arm, settings, arms, report):
             if received:
                 stop.set()
     except BrokenProcessPool:
-        raise ValueError("a training process ended without a word: was it killed, for want of memory?") from None
+        if not received:  # else the signal reached a process that was still starting
+            raise ValueError("a training process ended without a word: was it killed, for want of memory?") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in torch.multiprocessing.active_children():

@@ -486,11 +486,11 @@ def test_every_rival_learns_and_repeats_itself(tmp_path):
 def test_every_rival_learns_in_a_process_of_its_own(tmp_path):
     results = []
     for out in (tmp_path / "one", tmp_path / "two"):
-        process = start(out, *RIVALS, "a2tgpo:turn_clip=common", "--seeds", "0", "1")
+        process = start(out, *RIVALS, "a2tgpo:turn_clip=common", "--seeds", "1")
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
         results.append(metrics(out))
-    assert results[0] == results[1] and len(results[0]) == 5 * 2 * 3
+    assert results[0] == results[1] and len(results[0]) == 5 * 3
     assert all(arm["updates"] > 0 for arm in strict((out / "summary.json").read_text())["arms"])
 
 
@@ -645,7 +645,8 @@ def corridor(tmp_path_factory):
     for part in teach(env, set(), layers=1, episodes=200, steps=200, worse_steps=0):
         part.save_pretrained(path / "model")
     process = start(path / "out", "--model", path / "model", "--env", "corridor", "--env-options", "max_turns=1",
-                    "--algos", "grpo", "--credits", "actfocus", "--max-response-tokens", "40", script=path / "corridor.py")
+                    "--algos", "grpo", "--credits", "actfocus", "--max-response-tokens", "40",
+                    script=path / "corridor.py")
     yield process, path
     process.kill()
     process.communicate()
