@@ -317,7 +317,7 @@ def make(name, **options):
     except (ImportError, AttributeError) as error:
         raise ValueError(f"environment {name!r} cannot be made: {error}") from None
     except TypeError as error:  # an unknown option, or a value of the wrong type
-        raise ValueError(f"{name}: {str(error).replace('__init__() ', '')}") from None
+        raise ValueError(f"{name}: {str(error).split('__init__() ')[-1]}") from None
 
 
 def draw_boards(env, rng, n, below, held_out):

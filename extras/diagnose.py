@@ -109,7 +109,8 @@ def diagnose(arm, groups):
     rho = {f"{name}, {kind}": rank_correlation(values, variance, rng) for (name, kind), values in means.items()}
     return {"groups": groups, "signal": s.signal, "action_fraction": tokens["action tokens"] / tokens["all response tokens"],
             "groups_with_spread": len(variance_filter(returns, keep=1)), "spearman": rho,
-            "grad_share_action": {credit: squares[0] / squares.sum() for credit, squares in shares.items()}}, means, variance
+            "grad_share_action": {credit: squares[0] / squares.sum() if squares.sum() else None
+                                  for credit, squares in shares.items()}}, means, variance
 
 
 def plot(means, variance, rho, path):
@@ -152,7 +153,8 @@ def main(arguments=None):
                                      for r, low, high in cells).rstrip())
     for credit, value in found["grad_share_action"].items():
         by = f", ranked by {s.signal}" if credit == "actfocus" else ""
-        print(f"share of the squared gradient norm that comes from action tokens, {credit} credit{by}: {100 * value:.1f} %")
+        print(f"share of the squared gradient norm that comes from action tokens, {credit} credit{by}: "
+              + ("there is none" if value is None else f"{100 * value:.1f} %"))
     print(f"written to {out}: diagnosis.json" + (", diagnosis.png" if drawn else ""))
 
 

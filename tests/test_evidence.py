@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from test_train import BOARDS, BRIEF, arm_of, batch_of, run, strict, words
+from test_train import BOARDS, BRIEF, RETURNS, arm_of, batch_of, run, strict, trajectories_of, words
 
 from actfocus import SIGNALS, token_weights
 from extras import diagnose, report, show
@@ -103,6 +103,16 @@ def test_an_agent_without_an_answer_is_diagnosed_too(agent, tmp_path):
     found = strict((tmp_path / "diagnosis.json").read_text())
     assert found["action_fraction"] == found["groups_with_spread"] == 0
     assert set(map(tuple, found["spearman"].values())) == {(None, None, None)}
+
+
+def test_where_nothing_has_weight_there_is_no_share_of_a_gradient(tmp_path, monkeypatch):
+    """alpha 0, and not one answer in groups whose returns differ."""
+    answers = (("hm",), ("hm", "well"))
+    monkeypatch.setattr(show.Arm, "play", lambda arm, *_: trajectories_of(arm, RETURNS, answers=answers))
+    code, _, error = call(diagnose.main, "--alpha", "0", "--groups", "2", "--prompts", "2", "--rollouts", "3",
+                          "--keep", "1", "--out", tmp_path)
+    assert code == 0, error
+    assert strict((tmp_path / "diagnosis.json").read_text())["grad_share_action"] == {"uniform": 0, "actfocus": None}
 
 
 def test_the_interval_holds_the_correlation_and_shrinks_with_more_groups():
