@@ -193,10 +193,12 @@ def score(model, ids, response_mask, temperature=1.0):
 def score_logits(model, ids, response_mask, old_logprobs, *functions):
     """Each function(logits[n, V], targets[n], old_logprobs[n]) -> [n], of a model's raw logits, as [B, T] tensors."""
     hidden, weight, bias, targets = states(model, ids, response_mask)
+    once = list(dict.fromkeys(functions))  # by default the signal is the energy: no second pass over the vocabulary
     with torch.autocast(ids.device.type, enabled=False):
-        made = blockwise(lambda *block: [function(*block) for function in functions], hidden, weight, bias, targets,
+        made = blockwise(lambda *block: [function(*block) for function in once], hidden, weight, bias, targets,
                          old_logprobs[response_mask])
-    return [_at_tokens(values, response_mask) for values in made]
+    found = {function: _at_tokens(values, response_mask) for function, values in zip(once, made)}
+    return [found[function] for function in functions]
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from env import draw_boards, response
 from extras.facts import facts
-from rollout import Chat, Transcript, pack, score
 from extras.options import OneLineParser
+from rollout import Chat, Transcript, pack, score
 from train import AGENTS, DEFAULTS, EVALUATION_SEED, Settings
 
 # The boards on which the agent learns in minutes, and what differs from the defaults of `teach` in its two stages

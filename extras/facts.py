@@ -58,10 +58,9 @@ def check(env, text):
 
 
 def accuracy(played, tokenizer, env):
-    """Trajectories, played again on copies of `env` -> metrics: facts stated a response, and the share that was true."""
-    stated = true = 0
+    """Trajectories, played again on a copy of `env` -> metrics: facts stated a response, and the share that was true."""
+    stated, true, env = 0, 0, copy.deepcopy(env)
     for row, seed in enumerate(played.seeds.tolist()):
-        env = copy.deepcopy(env)
         env.reset(seed=seed)
         for turn in range(int(played.turns[row])):
             ids = played.ids[row, played.turn_ids[row] == turn].tolist()

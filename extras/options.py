@@ -1,10 +1,9 @@
 """The command line: an option for each field of train.Settings, what a credit's text means, and errors of one line."""
 
 import argparse
-import dataclasses
 import json
 import pkgutil
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from actfocus import CREDITS, Credit
 from train import DEFAULTS, Settings
@@ -40,7 +39,7 @@ def make_credit(text, algo, settings):
         if is_credits:
             setattr(credit, key, value)
         else:
-            credit.settings = dataclasses.replace(credit.settings, credits=(name,), **{key: value})
+            credit.settings = replace(credit.settings, credits=(name,), **{key: value})
     return credit
 
 

@@ -159,8 +159,6 @@ def in_worker(stop, threads):
     """What a training process is set up with: the parent says when to stop, and the parent's end is its own."""
     global asked_to_stop
     asked_to_stop = stop
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to the whole process group
-        signal.signal(number, signal.SIG_IGN)
     parent = torch.multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
@@ -216,7 +214,7 @@ def run_arms(train_arm, settings, arms, report):
 
 def compare(train_arm, settings, agent):
     """Train all arms, or what is left of them, and write the output directory."""
-    from extras.report import conclude
+    from extras.report import conclude  # here, because it writes with `write`
     out, started, s = Path(settings.out), time.perf_counter(), settings
     arms = [(algo, credit, seed) for seed in s.seeds for algo in s.algos for credit in s.credits]
     shown = {name: f"eval_{name}" for name in s.make_env().reset(seed=0)[1]} | {"valid": "eval_format_valid"}
