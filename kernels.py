@@ -1,69 +1,76 @@
-"""Per-token log-prob, logsumexp and entropy from hidden states, without the [tokens, vocabulary] tensor.
+"""The weighted policy loss from hidden states, without the [tokens, vocabulary] tensor.
 
-A language model's last step, `logits = hidden @ weight.T`, makes a tensor that outweighs the model: 2048 tokens of a
-152k vocabulary are 1.2 GB in float32, and autograd keeps several. But the loss needs three numbers a token. With N
-tokens, H hidden units, V words, z = logits / temperature, p = softmax(z) and target y:
+2048 tokens' logits of a 152k vocabulary are 1.2 GB in float32, and autograd keeps several such tensors. But a loss
+needs two numbers a token. With N tokens, H hidden units, V words, z = logits / temperature, p = softmax(z), target y:
 
     logprob = z_y - logsumexp(z)        d logprob / dz_j = [j = y] - p_j
     entropy = -sum_j p_j log p_j        d entropy / dz_j = -p_j (log p_j + entropy)
 
-By the chain rule, with a = d loss / d logprob and e = d loss / d entropy of the token:
+By the chain rule, with a = d loss / d logprob and e = d loss / d entropy of the token,
 
-    d loss / dz_j = a [j = y] - p_j (a + e (log p_j + entropy))
+    d loss / dz_j = a [j = y] - p_j (a + e (log p_j + entropy))                                                      (1)
 
-So the forward pass makes the logits of a block of tokens, keeps the three numbers and drops the logits; the backward
-pass makes them again, turns them into d loss / dz, and multiplies that into the gradients of hidden and weight. The
-energy of ActFocus is a by-product: -logsumexp of the raw logits. This file needs torch and nothing else.
+and for ActFocus's loss, -w min(rho A, clip(rho) A) / weight_sum with rho = exp(logprob - old_logprob),
+
+    a = -w rho A / weight_sum where rho A <= clip(rho) A, else 0            e = -entropy_coef                        (2)
+
+So `weighted_loss` can turn the logits of a block of tokens into (1) while they are there, and multiply that into the
+gradients of hidden and weight: three products, the fewest possible. `token_stats` gives the numbers alone; where a
+gradient comes back to them, it makes the logits a second time. This file needs torch and nothing else.
 `python kernels.py` measures time, memory and gradient error beside other implementations (see --help).
 """
 
 import functools
 import warnings
-from dataclasses import dataclass
 
 import torch
 
-BLOCK_BYTES = 64 * 2**20  # float32 logits that are held at once
-COMPILE_FROM = 2**26  # N * V below which compiling costs more than it saves
+BLOCK_LOGITS = 2**24  # that are held at once: 64 MB
+COMPILE_FROM = 2**20  # logits of a block below which compiling costs more than it saves
 SMALLEST = -1e4  # log of a probability that is 0 in float32; finite, because 0 * -inf is nan
+MAX_LOG_RATIO = 20.0  # as in actfocus.py
 
 
 def _statistics(logits, targets, temperature):
-    """logits[n, V], targets[n] -> (logprob[n], logsumexp[n] of the raw logits, entropy[n])."""
-    log_p = torch.log_softmax(logits / temperature, -1)  # not z - logsumexp(z), which cancels where logits are large
-    logprob = log_p.gather(1, targets[:, None])[:, 0]
-    return logprob, torch.logsumexp(logits, -1), -(log_p.exp() * log_p.clamp(min=SMALLEST)).sum(-1)
+    """logits[n, V], targets[n] -> (logprob, logsumexp of the raw logits, entropy, max of z, log_sum), [n] each."""
+    z = logits / temperature
+    top = z.amax(-1)
+    shifted = (z - top[:, None]).clamp(min=SMALLEST)
+    total, log_p_total = shifted.exp().sum(-1), (shifted.exp() * shifted).sum(-1)
+    log_sum = total.log()  # logsumexp(z) = top + log_sum; apart, they lose no digits where logits are large
+    logprob = z.gather(1, targets[:, None])[:, 0] - top - log_sum
+    logsumexp = top + log_sum if temperature == 1 else torch.logsumexp(logits, -1)
+    return logprob, logsumexp, log_sum - log_p_total / total, top, log_sum
 
 
-def _slope(logits, targets, temperature, d_logprob, d_entropy):
-    """d loss / d logits[n, V], from d_logprob[n] and d_entropy[n]."""
-    log_p = torch.log_softmax(logits / temperature, -1).clamp(min=SMALLEST)
-    p = log_p.exp()
-    entropy = -(p * log_p).sum(-1)
-    slope = -p * (d_logprob[:, None] + d_entropy[:, None] * (log_p + entropy[:, None]))
-    return slope.scatter_add(1, targets[:, None], d_logprob[:, None]) / temperature
+def _slope(logits, targets, temperature, entropy, top, log_sum, a, e, dtype):
+    """Equation (1) for logits[n, V] and [n] of the others, in `dtype`; float32 is written over the logits."""
+    log_p = (logits / temperature - top[:, None] - log_sum[:, None]).clamp(min=SMALLEST)
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    slope = torch.where(hit, a[:, None], 0.0) - log_p.exp() * (a[:, None] + e[:, None] * (log_p + entropy[:, None]))
+    return logits.copy_(slope / temperature) if dtype == torch.float32 else (slope / temperature).to(dtype)
 
 
-@functools.cache
-def _compiled(function):
-    return torch.compile(function, dynamic=True)
-
-
+_compiled = functools.cache(torch.compile)
 _plain = False  # set once torch.compile has failed, so that it is tried once a process
 
 
-def _run(function, elements, *arguments):
-    """function(*arguments), compiled where that pays and works; the same numbers up to rounding either way."""
+def _run(function, logits, *arguments):
+    """function(logits, *arguments), compiled where that pays and works; the same numbers up to rounding either way."""
     global _plain
-    if not _plain and elements >= COMPILE_FROM:
-        try:
-            return _compiled(function)(*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # no compiler, or one that fails: which exception depends on the platform
-            _plain = True
-            warnings.warn(f"torch.compile is not usable here ({type(error).__name__}): token_stats runs uncompiled")
-    return function(*arguments)
+    if _plain or logits.numel() < COMPILE_FROM:
+        return function(logits, *arguments)
+    for x in filter(torch.is_tensor, (logits, *arguments)):
+        torch._dynamo.maybe_mark_dynamic(x, 0)  # the last block has fewer tokens: compile once for all
+    try:
+        with warnings.catch_warnings(action="ignore"):  # the compiler's hints to its own developers
+            return _compiled(function)(logits, *arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, or one that fails: which exception depends on the platform
+        _plain = True
+        warnings.warn(f"torch.compile is not usable here ({type(error).__name__}): the loss runs uncompiled")
+        return function(logits, *arguments)
 
 
 def _factors(hidden, weight):
@@ -72,133 +79,152 @@ def _factors(hidden, weight):
     return (hidden, weight) if half else (hidden.float(), weight.float())
 
 
-def _product(a, b):
-    """a @ b in float32: logits that were rounded to half precision would cost the entropy its second digit."""
-    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+def _in_float32(operation, *tensors, **out):
+    """torch.mm or addmm to float32: logits that were rounded to half precision would cost the entropy a digit."""
+    return operation(*tensors, **out, **({} if tensors[-1].dtype == torch.float32 else {"out_dtype": torch.float32}))
 
 
-def _blocks(n, vocabulary):
-    """Slices of n tokens, at least one, each of so few that their logits fit into BLOCK_BYTES."""
-    size = max(1, BLOCK_BYTES // 4 // vocabulary)
-    return [slice(start, min(start + size, n)) for start in range(0, max(n, 1), size)]
-
-
-def blockwise(function, hidden, weight, bias, *columns):
-    """function(logits[n, V], *columns[n]) -> tensors [n], of a block of tokens at a time -> those tensors [N]."""
+def logits_by_block(hidden, weight, bias=None, rows=None, block_tokens=None):
+    """Yield (rows[n], their logits[n, V] in float32), a block of tokens at a time; the next block overwrites them."""
+    rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
+    # A GPU wants large products: there, a block's logits weigh as much as the weight in float32.
+    size = block_tokens or max(1, BLOCK_LOGITS // len(weight), hidden.shape[1] if hidden.is_cuda else 0)
     hidden, weight = _factors(hidden, weight)
-    made = []
-    for rows in _blocks(len(hidden), len(weight)):
-        logits = _product(hidden[rows], weight.T)
-        made.append(function(logits if bias is None else logits + bias, *(x[rows] for x in columns)))
-    return [torch.cat(parts) for parts in zip(*made)]
+    buffer = torch.empty(min(size, len(rows)), len(weight), device=hidden.device)
+    for part in rows.split(size):
+        logits = _in_float32(torch.mm, hidden[part], weight.T, out=buffer[:len(part)])
+        yield part, logits if bias is None else logits.add_(bias)
 
 
-class _TokenStats(torch.autograd.Function):
+@torch.no_grad()
+def _one_pass(inputs, targets, temperature, rows=None, asked=(), coefficients=None, block_tokens=None):
+    """Over the tokens at `rows` -> (logprob, logsumexp, entropy) [N] each, and the gradients of inputs that are asked.
+
+    inputs: hidden, weight, bias. asked: which of them want one. coefficients(rows, logprob) -> (a, e) of (1), [n] all.
+    """
+    hidden, weight = _factors(*inputs[:2])
+    if any(asked[1:2]) and not hidden.is_cuda:  # beside the weight's gradient, a third of its memory is worth the speed
+        block_tokens = block_tokens or max(1, BLOCK_LOGITS // len(weight), hidden.shape[1] // 3)
+    numbers = [torch.zeros(len(targets), device=targets.device) for _ in range(3)]
+    sums = [torch.zeros_like(x, dtype=torch.float32) if asks else None for x, asks in zip(inputs, asked)]
+    with torch.autocast(targets.device.type, enabled=False):  # it would turn the float32 products into half precision
+        for part, logits in logits_by_block(*inputs, rows, block_tokens):
+            *found, top, log_sum = _run(_statistics, logits, targets[part], temperature)
+            for whole, x in zip(numbers, found):
+                whole[part] = x
+            if not any(asked):
+                continue
+            (a, e), (d_hidden, d_weight, d_bias) = coefficients(part, found[0]), sums
+            slope = _run(_slope, logits, targets[part], temperature, found[2], top, log_sum, a, e, weight.dtype)
+            if d_hidden is not None:
+                d_hidden[part] = _in_float32(torch.mm, slope, weight)
+            if d_weight is not None:
+                _in_float32(torch.addmm, d_weight, slope.T, hidden[part], out=d_weight)
+            if d_bias is not None:
+                d_bias += slope.sum(0)
+    return numbers, [None if d is None else d.to(x.dtype) for d, x in zip(sums, inputs)]
+
+
+class _Given(torch.autograd.Function):
+    """`values` as functions of hidden, weight, bias, where backward(inputs, *d_values) gives the latter's gradients."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature):
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.temperature, elements = temperature, len(hidden) * len(weight)
-        logprobs, logsumexp, entropy = blockwise(lambda *block: _run(_statistics, elements, *block, temperature),
-                                                 hidden, weight, bias, targets)
-        ctx.mark_non_differentiable(logsumexp)
-        return logprobs, logsumexp, entropy
+    def forward(ctx, values, backward, *inputs):
+        ctx.save_for_backward(*inputs)
+        ctx.gradients = backward
+        return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_logprobs, _, d_entropy):
-        hidden, weight, bias, targets = ctx.saved_tensors
-        need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
-        d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        active = ((d_logprobs != 0) | (d_entropy != 0)).nonzero()[:, 0]  # a masked token's gradient is 0
+    def backward(ctx, *d_values):
+        return None, None, *ctx.gradients(ctx.saved_tensors, *d_values)
 
-        def multiply(logits, rows):  # rows[n]: the block's tokens
-            slope = _run(_slope, len(hidden) * len(weight), logits, targets[rows], ctx.temperature, d_logprobs[rows],
-                         d_entropy[rows])
-            if need_bias:
-                d_bias.add_(slope.sum(0))
-            h, w = _factors(hidden[rows], weight)
-            slope = slope.to(w.dtype)
-            if need_hidden:
-                d_hidden[rows] = _product(slope, w).to(hidden.dtype)
-            if need_weight and h.dtype == torch.float32:
-                d_weight.addmm_(slope.T, h)
-            elif need_weight:
-                d_weight.add_(_product(slope.T, h))
-            return ()
-        with torch.autocast(hidden.device.type, enabled=False):
-            blockwise(multiply, hidden[active], weight, bias, active)
-        cast = lambda gradient, x: None if gradient is None else gradient.to(x.dtype)
-        return d_hidden, cast(d_weight, weight), cast(d_bias, bias), None, None
+
+def _check(hidden, weight, targets, bias, temperature, clip_low=0.0, clip_high=0.0, columns=()):
+    """ValueError: shapes that do not fit, numbers out of range."""
+    fits = hidden.dim() == weight.dim() == 2 and hidden.shape == (*targets.shape, weight.shape[1])
+    fits &= (bias is None or bias.shape == weight.shape[:1]) and all(x.shape == targets.shape for x in columns)
+    if not fits or targets.is_floating_point() or targets.dtype == torch.bool:
+        got = [(x.dtype, *x.shape) for x in (hidden, weight, targets, bias, *columns) if x is not None]
+        raise ValueError(f"need hidden [N, H], weight [V, H], integer targets [N], bias [V], the others [N], got {got}")
+    if not (0 < temperature < float("inf") and 0 <= clip_low <= 1 and 0 <= clip_high < float("inf")):
+        raise ValueError(f"need {temperature=} above 0, {clip_low=} in [0, 1], {clip_high=} of 0 or more")
 
 
 def token_stats(hidden, weight, targets, *, bias=None, temperature=1.0):
     """(logprobs[N], logsumexp[N], entropy[N]), float32 nats, of hidden @ weight.T + bias, never holding [N, V].
 
-    hidden[N, H], weight[V, H], targets[N] integer, bias[V] or None; any float dtype, the statistics are computed in
-    float32. logprobs and entropy are at `temperature` and carry gradients to hidden, weight and bias; logsumexp is that
-    of the raw logits whatever the temperature, and carries none: the energy of token n is -logsumexp[n].
-    Memory: the logits of a block of tokens, and the weight's gradient.
+    hidden[N, H], weight[V, H], targets[N] integer, bias[V] or None; any float dtype, computed in float32. logprobs and
+    entropy are at `temperature` and carry gradients to hidden, weight and bias; logsumexp is that of the raw logits
+    whatever the temperature, and carries none: the energy of token n is -logsumexp[n].
     ValueError: shapes that do not fit, a target outside [0, V), a temperature that is not positive.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be [N, H], weight [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:1] or targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ValueError(f"targets must be {len(hidden)} integers, got {targets.dtype} {tuple(targets.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({len(weight)},), got {tuple(bias.shape)}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if len(targets) and not (0 <= int(targets.min()) and int(targets.max()) < len(weight)):
+    _check(hidden, weight, targets, bias, temperature)
+    if ((targets < 0) | (targets >= len(weight))).any():
         raise ValueError(f"targets must be in [0, {len(weight)})")
-    with torch.autocast(hidden.device.type, enabled=False):  # it would turn the float32 products into half precision
-        return _TokenStats.apply(hidden, weight, bias, targets.long(), float(temperature))
+    inputs, targets = (hidden, weight, bias), targets.long()
+    (logprobs, logsumexp, entropy), _ = _one_pass(inputs, targets, temperature)
+
+    def backward(inputs, d_logprobs, d_entropy):
+        rows = ((d_logprobs != 0) | (d_entropy != 0)).nonzero()[:, 0]  # a masked token's gradient is 0
+        asked = [x is not None and x.requires_grad for x in inputs]
+        return _one_pass(inputs, targets, temperature, rows, asked, lambda *r: (d_logprobs[r[0]], d_entropy[r[0]]))[1]
+    logprobs, entropy = _Given.apply((logprobs, entropy), backward, *inputs)
+    return logprobs, logsumexp, entropy
 
 
-@dataclass
-class TokenStats:
-    logprobs: torch.Tensor  # [B, T], of each response token; 0 elsewhere, as are the next two
-    logsumexp: torch.Tensor  # [B, T]
-    entropy: torch.Tensor  # [B, T]
-    hidden: torch.Tensor  # [N, H], the states that predict the N response tokens
+def weighted_loss(hidden, weight, targets, old_logprobs, advantages, weights, *, bias=None, temperature=1.0,
+                  clip_low=0.2, clip_high=0.28, weight_sum=None, entropy_coef=0.0, block_tokens=None):
+    """actfocus.weighted_policy_loss of token_stats' log-probs, in one pass -> (loss, stats).
 
+    loss = -(1 / weight_sum) sum_t w_t min(rho_t A_t, clip(rho_t) A_t) - entropy_coef * sum of the entropies of tokens
+    with w_t > 0. Arguments as there, the last three [N]; where a weight is 0 nothing is read or computed. weight_sum:
+    the whole minibatch's, where this is a part of it. block_tokens: how many tokens' logits are held at once; fewer
+    need less memory and more time. stats, without gradient: approx_kl, clip_fraction, ratio_mean, and logprobs[N],
+    entropy[N], 0 where the weight is. There can be but one backward pass: it hands the gradients out.
+    ValueError: what the two refuse; but where a log-prob is not finite, the loss is not either.
+    """
+    columns = old_logprobs, advantages, weights
+    _check(hidden, weight, targets, bias, temperature, clip_low, clip_high, columns)
+    old_logprobs, advantages, weights = (x.detach().float() for x in columns)
+    total = weights.sum() if weight_sum is None else torch.as_tensor(weight_sum, device=weights.device).detach()
+    active = weights != 0
+    right = (weights > 0) & (targets >= 0) & (targets < len(weight)) & (old_logprobs + advantages + weights).isfinite()
+    enough = total.isfinite() & ((total > 0) | ((total == 0) & ~active.any()))
+    if not ((right | ~active).all() & enough):  # the one wait for a GPU
+        raise ValueError(f"where a weight is not 0, it must be positive, target in [0, {len(weight)}), old_logprob and "
+                         "advantage finite; weight_sum must be the sum of the minibatch's weights")
+    total = total.clamp(min=torch.finfo(torch.float32).tiny)  # without any weight the loss is 0
+    rows, inputs = active.nonzero()[:, 0], (hidden, weight, bias)
+    asked = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
 
-def states(model, ids, response_mask):
-    """What predicts the N response tokens of ids[B, T]: (hidden[N, H], head's weight[V, H], its bias, targets[N])."""
-    hidden = model.base_model(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]: position t - 1 predicts token t
-    here, head = response_mask[:, 1:], model.get_output_embeddings()
-    hidden, weight = hidden[here], head.weight
-    if torch.is_autocast_enabled(ids.device.type):  # the products below take what they are given
-        hidden, weight = (x.to(torch.get_autocast_dtype(ids.device.type)) for x in (hidden, weight))
-    return hidden, weight, getattr(head, "bias", None), ids[:, 1:][here]
+    def objective(rows, logprob):
+        """-> (log rho, rho, clip(rho), min(rho A, clip(rho) A)), [n] each."""
+        log_ratio = (logprob - old_logprobs[rows]).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+        return log_ratio, ratio, clipped, torch.minimum(ratio * advantages[rows], clipped * advantages[rows])
 
+    def coefficients(rows, logprob):  # equation (2)
+        log_ratio, ratio, _, least = objective(rows, logprob)
+        moves = (ratio * advantages[rows] <= least) & (log_ratio.abs() < MAX_LOG_RATIO)
+        a = torch.where(moves, -weights[rows] * least / total, 0.0)
+        return a, torch.zeros_like(a) - entropy_coef
+    (logprobs, _, entropy), gradients = _one_pass(inputs, targets.long(), temperature, rows, asked, coefficients,
+                                                  block_tokens)
 
-def _at_tokens(values, response_mask):
-    """values[N] of the response tokens -> [B, T] float32, 0 elsewhere. FloatingPointError: they are not finite."""
-    if not torch.isfinite(values).all():
-        raise FloatingPointError("the model's log-probs or energies are not finite")
-    blank = torch.zeros(response_mask.shape, dtype=torch.float32, device=values.device)
-    return blank.masked_scatter(response_mask, values.float())
-
-
-def score(model, ids, response_mask, temperature=1.0):
-    """Statistics of every response token under a Hugging Face model, ids and mask [B, T]; column t is of token t."""
-    hidden, weight, bias, targets = states(model, ids, response_mask)
-    stats = token_stats(hidden, weight, targets, bias=bias, temperature=temperature)
-    return TokenStats(*(_at_tokens(values, response_mask) for values in stats), hidden)
-
-
-@torch.no_grad()
-def score_logits(model, ids, response_mask, old_logprobs, *functions):
-    """Each function(logits[n, V], targets[n], old_logprobs[n]) -> [n], of a model's raw logits, as [B, T] tensors."""
-    hidden, weight, bias, targets = states(model, ids, response_mask)
-    once = list(dict.fromkeys(functions))  # by default the signal is the energy: no second pass over the vocabulary
-    with torch.autocast(ids.device.type, enabled=False):
-        made = blockwise(lambda *block: [function(*block) for function in once], hidden, weight, bias, targets,
-                         old_logprobs[response_mask])
-    found = {function: _at_tokens(values, response_mask) for function, values in zip(once, made)}
-    return [found[function] for function in functions]
+    def backward(_, d_loss):
+        if not gradients:
+            raise RuntimeError("weighted_loss gives its gradients once: call it again for a second backward pass")
+        scaled = d_loss.is_cuda or d_loss != 1  # after the call
+        return [d.mul_(d_loss) if scaled and d is not None else d for d in map(gradients.pop, [0] * 3)]
+    with torch.no_grad():
+        log_ratio, ratio, clipped, least = objective(rows, logprobs[rows])
+        loss = -(weights[rows] * least).sum() / total - entropy_coef * entropy.sum()
+        mean = lambda x: x.sum() / max(1, len(rows))
+        stats = {"approx_kl": mean(ratio - 1 - log_ratio), "clip_fraction": mean(ratio != clipped),
+                 "ratio_mean": mean(ratio), "logprobs": logprobs, "entropy": entropy}
+    return _Given.apply(loss, backward, *inputs), stats
 
 
 if __name__ == "__main__":

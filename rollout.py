@@ -16,8 +16,9 @@ import importlib
 import inspect
 import re
 import weakref
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 
 import torch
@@ -26,7 +27,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kernels import score
+from kernels import token_stats
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -98,6 +99,7 @@ class Chat:
         self.tokenizer, self.system = tokenizer, [{"role": "system", "content": system_prompt}]
         self.stop_ids = {tokenizer.eos_token_id, *stop_ids}  # what ends a response
         self.pieces = {}  # id -> its text
+        self.opening, self.bridge = cache(self.opening), cache(self.bridge)  # a group's rollouts share much
 
     def _encode(self, messages, after=None):
         messages = self.system + messages
@@ -126,9 +128,8 @@ class Chat:
     def text(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def spans(self, ids):
+    def spans(self, ids, text):
         """[(start, end) of each token in the text]; tokens that share a character (split UTF-8) all span it."""
-        text = self.text(ids)
         for i in ids:
             if i not in self.pieces:
                 self.pieces[i] = self.text([i])
@@ -142,9 +143,13 @@ class Chat:
 
     def actions(self, ids):
         """Which of a response's ids hold a character strictly between <answer> and </answer>."""
-        inside = [match.span(1) for match in ANSWER.finditer(self.text(ids))]
-        spans = self.spans(ids) if inside else [(0, 0)] * len(ids)
-        return [any(max(start, a) < min(end, b) for a, b in inside) for start, end in spans]
+        marks, text = [False] * len(ids), self.text(ids)
+        for match in ANSWER.finditer(text):
+            if match[1]:
+                starts, ends = zip(*self.spans(ids, text))
+                first, last = bisect_right(ends, match.start(1)), bisect_left(starts, match.end(1))
+                marks[first:last] = [True] * (last - first)
+        return marks
 
 
 class Transcript:
@@ -246,21 +251,20 @@ def play(model, transcripts, temperature, max_response_tokens, generator):
     was_training = model.training
     model.eval()
     try:
-        decoder, playing = Decoder(model), range(len(transcripts))
+        on_gpu = model.device.type == "cuda"
+        kind = importlib.import_module("extras.captured").CapturedDecoder if on_gpu else Decoder
+        decoder, playing = kind(model, temperature, generator), range(len(transcripts))
         while playing:
             texts = {row: transcripts[row].ids for row in playing}
-            responses = sample_turn(decoder, texts, transcripts[0].chat.stop_ids, temperature, max_response_tokens,
-                                    generator)
+            responses = sample_turn(decoder, texts, transcripts[0].chat.stop_ids, max_response_tokens)
             playing = [row for row in playing if transcripts[row].respond(*responses[row])]
     finally:
         model.train(was_training)
 
 
 def sample(logits, temperature, generator):
-    """logits [rows, V] -> sampled tokens [rows], their log-probs [rows]."""
+    """logits [rows, V] -> sampled tokens [rows], their log-probs [rows], nan where the logits are not finite."""
     logprobs = torch.log_softmax(logits / temperature, -1)
-    if torch.isnan(logprobs).any():
-        raise FloatingPointError("the model's logits are not finite")
     # The inverse of the distribution function: torch.multinomial draws a number a word, a tenth of a rollout's time.
     below = logprobs.double().exp().cumsum(-1)  # [rows, V]
     drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
@@ -269,24 +273,23 @@ def sample(logits, temperature, generator):
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
-def sample_turn(decoder, texts, stop_ids, temperature, max_tokens, generator):
+def sample_turn(decoder, texts, stop_ids, max_tokens):
     """A response to each text, {row: its ids so far} -> {row: (ids, log-probs)}, ended by a stop id or max_tokens."""
-    logits, drawn = decoder.begin(texts, max_tokens), []
-    stops = torch.tensor(sorted(stop_ids), device=logits.device)
-    running = torch.ones(len(texts), dtype=torch.bool, device=logits.device)
-    lengths = torch.zeros(len(texts), dtype=torch.long, device=logits.device)
-    while True:
-        tokens, logprobs = sample(logits, temperature, generator)
-        drawn.append((tokens, logprobs))
-        lengths += running
-        running &= ~torch.isin(tokens, stops)
-        if len(drawn) == max_tokens or not running.any():
-            break
-        logits = decoder.feed(tokens[:, None])  # rows that are done go on: what they add is dropped in the next turn
-    tokens, logprobs = (torch.stack(x, 1).tolist() for x in zip(*drawn))  # [rows, steps]
-    lengths = lengths.tolist()
+    drawn = [decoder.begin(texts, max_tokens)]
+    stops = torch.tensor(sorted(stop_ids), device=decoder.model.device)
+    running = ~torch.isin(drawn[0][0], stops)
+    # Rows that are done go on: what they add is dropped in the next turn. A GPU is not asked after every token.
+    while len(drawn) < max_tokens and (len(drawn) % (8 if running.is_cuda else 1) or running.any()):
+        drawn.append(decoder.step(drawn[-1][0]))
+        running &= ~torch.isin(drawn[-1][0], stops)
+    tokens, logprobs = (torch.stack(x, 1) for x in zip(*drawn))  # [rows, steps]
+    if torch.isnan(logprobs).any():
+        raise FloatingPointError("the model's logits are not finite")
+    before = torch.isin(tokens, stops).cumsum(1).roll(1, 1)  # stop ids before each token
+    before[:, 0] = 0
+    lengths = (before == 0).sum(1).tolist()
     decoder.cached = {row: len(texts[row]) + n - 1 for row, n in zip(texts, lengths)}  # the last one was not fed
-    return {row: (t[:n], p[:n]) for row, t, p, n in zip(texts, tokens, logprobs, lengths)}
+    return {row: (t[:n], p[:n]) for row, t, p, n in zip(texts, tokens.tolist(), logprobs.tolist(), lengths)}
 
 
 class RoomyLayer(DynamicLayer):
@@ -297,18 +300,22 @@ class RoomyLayer(DynamicLayer):
         self.decoder = decoder
 
     def update(self, key_states, value_states, *args, **kwargs):
-        used, end = self.decoder.used, self.decoder.used + key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             device = key_states.device.type  # under autocast, attention reads what it casts: keep it so
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key_states.dtype
             self.keys, self.values = (x.new_zeros(*x.shape[:2], self.decoder.mask.shape[1], x.shape[3], dtype=dtype)
                                       for x in (key_states, value_states))
-        self.keys[:, :, used:end], self.values[:, :, used:end] = key_states, value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        kept = self.keys, self.values
+        for room, new in zip(kept, (key_states, value_states)):
+            room.index_copy_(2, self.decoder.columns, new.to(room.dtype))
+        return [room[:, :, :self.decoder.end] for room in kept]
 
     def get_seq_length(self):
         return self.decoder.used
+
+    def get_mask_sizes(self, query_length):
+        return self.decoder.end, 0
 
     def keep(self, places, columns, room):
         """Keep the rows at `places` [R], of each its columns [R, C], and make room for more."""
@@ -319,18 +326,19 @@ class RoomyLayer(DynamicLayer):
 
 
 class Decoder:
-    """A model with its key-value cache. Rows are padded on the left alone, so that in the cache, as in the text, a
-    token stands right after the one before it: whatever the library's masks count, windows too, they count right."""
+    """A model that samples, with its key-value cache. Rows are padded on the left alone, so that in the cache, as in
+    the text, a token stands right after the one before it: what the library's masks count, windows too, is right."""
 
-    def __init__(self, model):
-        self.model, self.rows, self.cached, self.used = model, [], {}, 0  # row numbers; ids of a row; columns in use
+    def __init__(self, model, temperature, generator):
+        self.model, self.temperature, self.generator = model, temperature, generator
+        self.rows, self.cached, self.used = [], {}, 0  # row numbers; how many ids of a row; columns in use
         itself = weakref.proxy(self)  # no cycle: memory goes at once
         self.cache = Cache(layer_class_to_replicate=partial(RoomyLayer, itself))
         renamed = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.24
         self.cache_name = "cache" if renamed else "past_key_values"
 
     def begin(self, texts, room):
-        """Feed what is new of each text, {row: all its ids}, with room for more -> logits after the last [rows, V].
+        """Feed what is new of each text, {row: all its ids}, with room for more -> a token to follow, its log-prob.
 
         Where one row has more new ids than another, the other's last ones are fed again: nothing in between is padding.
         """
@@ -338,7 +346,7 @@ class Decoder:
         lengths = torch.tensor([len(texts[row]) for row in rows], device=device)
         width = max(len(texts[row]) - self.cached.get(row, 0) for row in rows)
         held = max(int(lengths.max()) - width, 0)  # columns that stay: all but the last `width` ids of each row
-        if self.used:
+        if self.rows:
             places = torch.tensor([self.rows.index(row) for row in rows], device=device)
             columns = torch.arange(held, device=device) + (self.padding[places] + lengths - width - held)[:, None]
             for layer in self.cache.layers:
@@ -349,13 +357,22 @@ class Decoder:
         return self.feed(torch.tensor(ids, device=device))
 
     def feed(self, ids):
-        """Append ids [rows, c] -> float32 logits after the last, [rows, V]."""
-        end = self.used + ids.shape[1]
-        positions = (torch.arange(self.used, end, device=ids.device) - self.padding[:, None]).clamp(min=0)
-        out = self.model(input_ids=ids, attention_mask=self.mask[:, :end], position_ids=positions, use_cache=True,
+        """Append ids [rows, c] -> (tokens, log-probs) sampled to follow, [rows] each."""
+        self.end = self.used + ids.shape[1]
+        self.columns = torch.arange(self.used, self.end, device=ids.device)
+        drawn = self.forward(ids)
+        self.used = self.end
+        return drawn
+
+    def forward(self, ids):
+        positions = (self.columns - self.padding[:, None]).clamp(min=0)
+        out = self.model(input_ids=ids, attention_mask=self.mask[:, :self.end], position_ids=positions, use_cache=True,
                          logits_to_keep=1, **{self.cache_name: self.cache})
-        self.used = end
-        return out.logits[:, -1].float()
+        return sample(out.logits[:, -1].float(), self.temperature, self.generator)
+
+    def step(self, tokens):
+        """feed() of one token a row."""
+        return self.feed(tokens[:, None])
 
 
 def load_tokenizer(path):
@@ -372,17 +389,45 @@ def load_agent(path, device):
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(device)
-        for module in model.eval().modules():  # with dropout, the policy would be compared with another draw of itself
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if getattr(module, "attention_dropout", 0.0):
-                module.attention_dropout = 0.0
         tokenizer = load_tokenizer(path)
-        importlib.import_module("extras.guard").check_agent(model, tokenizer)
+        importlib.import_module("extras.guard").check_agent(model.eval(), tokenizer)
     except Exception as error:  # no such directory, no network, a damaged file: each library raises its own
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"model: cannot use {str(path)!r}: {reason}") from None
     return model, tokenizer
+
+
+@dataclass
+class TokenStats:
+    logprobs: torch.Tensor  # [B, T], of each response token; 0 elsewhere, as are the next two
+    logsumexp: torch.Tensor  # [B, T]
+    entropy: torch.Tensor  # [B, T]
+    hidden: torch.Tensor  # [N, H], the states that predict the N response tokens
+
+
+def states(model, ids, response_mask):
+    """What predicts the N response tokens of ids[B, T]: (hidden[N, H], head's weight[V, H], its bias, targets[N])."""
+    hidden = model.base_model(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]: position t - 1 predicts token t
+    here, head = response_mask[:, 1:], model.get_output_embeddings()
+    hidden, weight = hidden[here], head.weight
+    if torch.is_autocast_enabled(ids.device.type):  # the products below take what they are given
+        hidden, weight = (x.to(torch.get_autocast_dtype(ids.device.type)) for x in (hidden, weight))
+    return hidden, weight, getattr(head, "bias", None), ids[:, 1:][here]
+
+
+def to_tokens(values, response_mask):
+    """values[N] of the response tokens -> [B, T] float32, 0 elsewhere. FloatingPointError: they are not finite."""
+    if not torch.isfinite(values).all():
+        raise FloatingPointError("the model's log-probs or energies are not finite")
+    blank = torch.zeros(response_mask.shape, dtype=torch.float32, device=values.device)
+    return blank.masked_scatter(response_mask, values.float())
+
+
+def score(model, ids, response_mask, temperature=1.0):
+    """Statistics of every response token under a Hugging Face model, ids and mask [B, T]; column t is of token t."""
+    hidden, weight, bias, targets = states(model, ids, response_mask)
+    stats = token_stats(hidden, weight, targets, bias=bias, temperature=temperature)
+    return TokenStats(*(to_tokens(values, response_mask) for values in stats), hidden)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ import transformers
 from torch import nn
 
 import env as environments
-from actfocus import CREDITS, SIGNALS, Critic, gae, token_logprobs, variance_filter, weighted_policy_loss
-from kernels import score, score_logits
-from rollout import Trajectories, load_agent, rollout
+from actfocus import CREDITS, SIGNALS, Credit, Critic, gae, token_logprobs, variance_filter, weighted_policy_loss
+from kernels import logits_by_block, weighted_loss
+from rollout import Trajectories, load_agent, rollout, score, states, to_tokens
 
 transformers.utils.logging.disable_progress_bar()  # a bar for every loaded file would drown ours
 AGENTS = Path(__file__).resolve().parent / "extras" / "agents"  # the built-in ones, taught by `python -m extras.agent`
@@ -97,28 +97,10 @@ class Settings:
     # the machine
     device: str = setting("auto", "auto, cpu or cuda; on a GPU, forward passes compute in bfloat16")
     gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time")
-    jobs: int = setting(0, "arms trained side by side; 0: one a CPU core, 1 on a GPU", 0)
+    jobs: int = setting(0, "arms trained side by side; 0: one a CPU core, one in all for --model on a GPU", 0)
 
     def __post_init__(self):
-        for f in fields(self):
-            values = getattr(self, f.name)
-            low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
-            for value in values if isinstance(values, tuple) else (values,):
-                if choices and value not in choices:
-                    raise ValueError(f"{f.name}: {value!r} is not one of {', '.join(choices)}")
-                if not isinstance(value, str) and not low <= value <= high:
-                    raise ValueError(f"{f.name}: {value} is not in [{low}, {high}]")
-            if isinstance(values, tuple) and f.name != "env_options" and not 0 < len(values) == len(set(values)):
-                raise ValueError(f"{f.name}: name at least one, and none twice")
-        if self.signal not in SIGNALS:
-            raise ValueError(f"signal: {self.signal!r} is not one of {', '.join(SIGNALS)}")
-        if self.signal == "shift" and self.temperature != 1:
-            raise ValueError("signal: shift reads the reference at temperature 1, so it needs --temperature 1")
-        self.torch_device  # a device that is not there is refused here
-        env = self.make_env()
-        env.reset(seed=0)  # as are options that admit no board
-        for name, algo in itertools.product(self.credits, self.algos):
-            extra("options").make_credit(name, algo, self).check(env)
+        extra("options").check(self)  # ValueError, in one line
 
     @property
     def agent(self):
@@ -167,6 +149,20 @@ class Batch(Trajectories):
     value_targets: torch.Tensor = None  # PPO
     advantages: torch.Tensor = None
     weights: torch.Tensor = None  # a token of weight 0 is not trained
+
+
+@torch.no_grad()
+def score_logits(model, ids, response_mask, old_logprobs, *functions):
+    """Each function(logits[n, V], targets[n], old_logprobs[n]) -> [n], of a model's raw logits, as [B, T] tensors."""
+    hidden, weight, bias, targets = states(model, ids, response_mask)
+    old_logprobs = old_logprobs[response_mask]
+    # By default the signal is the energy: no second pass over the vocabulary.
+    made = {function: torch.zeros(len(targets), device=ids.device) for function in functions}
+    with torch.autocast(ids.device.type, enabled=False):
+        for rows, logits in logits_by_block(hidden, weight, bias):
+            for function, values in made.items():
+                values[rows] = function(logits, targets[rows], old_logprobs[rows]).float()
+    return [to_tokens(made[function], response_mask) for function in functions]
 
 
 class Arm:
@@ -264,18 +260,26 @@ class Arm:
 
     def loss(self, part, minibatch):
         """A micro-batch's share of its minibatch's loss -> (loss, hidden[N, H], sums for the log)."""
-        s, trained, tokens = self.settings, part.weights > 0, (minibatch.weights > 0).sum().clamp(min=1)
-        new = score(self.policy, part.ids, part.response_mask, s.temperature)
-        logprobs, clip_low, clip_high = self.credit.ratio(new.logprobs, part)
-        loss, stats = weighted_policy_loss(logprobs, part.old_logprobs, part.advantages, part.weights,
-                                           clip_low=clip_low, clip_high=clip_high,
-                                           weight_sum=self.credit.normaliser(minibatch))
-        log = {name: value * trained.sum() for name, value in stats.items()}
-        log |= {"policy_loss": loss.detach(), "n": trained.sum()}
-        loss = loss - s.entropy_coef * new.entropy[trained].sum() / tokens
-        if s.kl_coef:
+        s, mask, tokens = self.settings, part.response_mask, (minibatch.weights > 0).sum().clamp(min=1)
+        weight_sum, entropy_coef = self.credit.normaliser(minibatch), s.entropy_coef / tokens
+        if type(self.credit).ratio is Credit.ratio and not s.kl_coef:  # a token's loss is its own: all in one pass
+            hidden, weight, bias, targets = states(self.policy, part.ids, mask)
+            loss, stats = weighted_loss(hidden, weight, targets, part.old_logprobs[mask], part.advantages[mask],
+                                        part.weights[mask], bias=bias, temperature=s.temperature, clip_low=s.clip_low,
+                                        clip_high=s.clip_high, weight_sum=weight_sum, entropy_coef=entropy_coef)
+            policy_loss = loss + entropy_coef * stats["entropy"].sum()
+        else:
+            new, trained = score(self.policy, part.ids, mask, s.temperature), part.weights > 0
+            logprobs, clip_low, clip_high = self.credit.ratio(new.logprobs, part)
+            policy_loss, stats = weighted_policy_loss(logprobs, part.old_logprobs, part.advantages, part.weights,
+                                                      clip_low=clip_low, clip_high=clip_high, weight_sum=weight_sum)
             # Squared log-ratio / 2: unlike the paper's k1, its gradient on the policy's own samples is the KL's.
-            loss = loss + s.kl_coef * 0.5 * (new.logprobs - part.ref_logprobs)[trained].square().sum() / tokens
+            kl = 0.5 * (new.logprobs - part.ref_logprobs)[trained].square().sum() / tokens
+            loss = policy_loss - entropy_coef * new.entropy[trained].sum() + s.kl_coef * kl
+            hidden = new.hidden
+        n = (part.weights > 0).sum()
+        log = {name: stats[name] * n for name in ("approx_kl", "clip_fraction", "ratio_mean")}
+        log |= {"policy_loss": policy_loss.detach(), "n": n}
         if self.critic:
             values, old, target = self.critic(part.ids, part.response_mask), part.old_values, part.value_targets
             clipped = old + (values - old).clamp(-VALUE_CLIP, VALUE_CLIP)
@@ -283,7 +287,7 @@ class Arm:
             value_loss = 0.5 * error / minibatch.response_mask.sum()
             log["value_loss"] = value_loss.detach()
             loss = loss + value_loss
-        return loss, new.hidden, log
+        return loss, hidden, log
 
     def update(self, log):
         """A step of the optimisers, or none where a number is not finite -> the log of it."""

@@ -3,8 +3,9 @@
     python -m extras.bench loss --tokens 512 2048       # `pip install liger-kernel cut-cross-entropy` for two of its rows
     python -m extras.bench rollout
 
-Methods run in turn, medians are printed. The loss is -mean(advantages * logprob), forward and backward; its gradients are
-compared with float64.
+Methods run in turn, medians are printed. The loss is the policy loss where rho is 1, -mean(advantages * logprob), forward
+and backward; its gradients are compared with float64. Its yardstick are three matrix products, hidden @ weight.T and the
+two that make the gradients, without anything in between: no exact method can do with less.
 """
 
 import argparse
@@ -15,44 +16,61 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from env import make
 from extras.agent import tiny_model
-from kernels import token_stats
+from kernels import token_stats, weighted_loss
 from rollout import load_tokenizer, rollout
 from train import AGENTS
 
 
-def full_logits(hidden, weight, targets, advantages):
+def ours(hidden, weight, targets, advantages, old_logprobs):
+    return weighted_loss(hidden, weight, targets, old_logprobs, advantages, torch.ones_like(advantages))[0]
+
+
+def full_logits(hidden, weight, targets, advantages, _=None):
     logprob = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
     return -(advantages * logprob).mean()
 
 
-def checkpoint_per_chunk(hidden, weight, targets, advantages):
+def checkpoint_per_chunk(hidden, weight, targets, advantages, _):
     chunks = zip(*(x.split(128) for x in (hidden, targets, advantages)))
     losses = [checkpoint(full_logits, h, weight, y, a, use_reentrant=False) * len(y) for h, y, a in chunks]
     return sum(losses) / len(targets)
 
 
-def cut_cross_entropy(hidden, weight, targets, advantages):
+def cut_cross_entropy(hidden, weight, targets, advantages, _):
     from cut_cross_entropy.torch_compile import torch_compile_linear_cross_entropy as cross_entropy
     return (advantages * cross_entropy(hidden, weight, targets, reduction="none")).mean()
 
 
-def liger(hidden, weight, targets, advantages):
+def liger(hidden, weight, targets, advantages, _):
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
     loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, chunk_size=1, loss_type="grpo")
     h, y, a = (x.view(max(1, len(targets) // 512), -1, *x.shape[1:]) for x in (hidden, targets, advantages))
     return loss(h, weight, y, torch.ones_like(y), a)[0]  # in sequences of 512 tokens
 
 
-def through_token_stats(hidden, weight, targets, advantages):
+def through_token_stats(hidden, weight, targets, advantages, _):
     return -(advantages * token_stats(hidden, weight, targets)[0]).mean()
 
 
-METHODS = {"token_stats": through_token_stats, "full logits": full_logits, "checkpoint per chunk": checkpoint_per_chunk,
-           "Liger GRPO": liger, "cut-cross-entropy": cut_cross_entropy}
+def three_products(hidden, weight, targets, advantages, _):
+    """In blocks as large as the weight: what a loss would take that cost nothing but its products."""
+    with torch.no_grad():
+        d_weight = torch.zeros_like(weight)
+        for h in hidden.split(max(256, hidden.shape[1] // 2)):
+            logits = h @ weight.T
+            logits @ weight
+            d_weight.addmm_(logits.T, h)
+    return (hidden.sum() + weight[0].sum()) * 0
+
+
+METHODS = {"weighted_loss": ours, "token_stats": through_token_stats, "three products": three_products,
+           "full logits": full_logits, "checkpoint per chunk": checkpoint_per_chunk, "Liger GRPO": liger,
+           "cut-cross-entropy": cut_cross_entropy}
 
 
 def measure(step, device):
@@ -105,27 +123,33 @@ def loss(arguments=None):
     dtype, device = getattr(torch, options.dtype), "cuda" if torch.cuda.is_available() else "cpu"
     print(f"torch {torch.__version__}, {options.dtype} on {device} ({torch.get_num_threads()} threads), H {options.hidden}, "
           f"V {options.vocabulary}, weight gradient {options.vocabulary * options.hidden * dtype.itemsize / 1e6:.0f} MB")
-    print("| method | tokens | extra peak, MB | median, s | range, s | error of d hidden, d weight |\n|---|---|---|---|---|---|")
+    print("| method | tokens | extra peak, MB | median, s | range, s | of three products | error of d hidden, d weight |\n"
+          "|---|---|---|---|---|---|---|")
     for n in options.tokens:
         torch.manual_seed(0)
         leaves = [torch.randn(n, options.hidden, device=device).to(dtype),
                   (torch.randn(options.vocabulary, options.hidden, device=device) / options.hidden ** 0.5).to(dtype)]
         targets, advantages = torch.randint(options.vocabulary, (n,), device=device), torch.randn(n, device=device)
+        columns = targets, advantages, token_stats(*leaves, targets)[0]
         runs, notes = {name: [] for name in options.methods}, {}
         for turn in range(options.rounds + 1):  # turn 0 compiles and compares
             for name in (name for name in options.methods if turn == 0 or runs[name]):
                 leaves = [x.detach().requires_grad_() for x in leaves]
                 try:
-                    runs[name].append(measure(lambda: METHODS[name](*leaves, targets, advantages).backward(), device))
-                    if turn == 0:
+                    runs[name].append(measure(lambda: METHODS[name](*leaves, *columns).backward(), device))
+                    if turn == 0 and name != "three products":
                         notes[name] = ", ".join(f"{error:.0e}" for error in errors(leaves, targets, advantages))
                 except Exception as error:  # a peer that is absent, does not fit or does not run here
                     runs[name], notes[name] = [], f"{type(error).__name__}: {error}".splitlines()[0][:60]
-        for name, (seconds, peaks) in ((name, zip(*measured[1:])) for name, measured in runs.items() if len(measured) > 1):
-            print(f"| {name} | {n} | {max(peaks) / 1e6:.0f} | {statistics.median(seconds):.3g} | {min(seconds):.3g}-"
-                  f"{max(seconds):.3g} | {notes[name]} |", flush=True)
-        for name in (name for name, measured in runs.items() if not measured):
-            print(f"| {name} | {n} | - | - | - | {notes[name]} |", flush=True)
+        medians = {name: statistics.median(x for x, _ in measured[1:]) for name, measured in runs.items() if measured[1:]}
+        for name, measured in runs.items():
+            if name not in medians:
+                print(f"| {name} | {n} | - | - | - | - | {notes[name]} |", flush=True)
+                continue
+            seconds, peaks = zip(*measured[1:])
+            share = f"{medians[name] / medians['three products']:.2f}" if "three products" in medians else "-"
+            print(f"| {name} | {n} | {max(peaks) / 1e6:.0f} | {medians[name]:.3g} | {min(seconds):.3g}-{max(seconds):.3g} | "
+                  f"{share} | {notes.get(name, '-')} |", flush=True)
 
 
 @torch.no_grad()
@@ -156,15 +180,37 @@ def rollout_by_generate(model, tokenizer, envs, *, seeds, temperature, max_respo
     return generated
 
 
+def replayed_step(model, tokenizer, width, room):
+    """Seconds of a decode step of 128 rows with `width` ids each, replayed on a GPU: nothing waits for Python."""
+    from extras.captured import CapturedDecoder
+    with torch.no_grad():
+        decoder = CapturedDecoder(model, 1.0, None)
+        tokens, _ = decoder.begin({row: [5] * width for row in range(128)}, room)
+        decoder.step(tokens)
+        if decoder.graph is None:
+            return float("nan")
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(room - 2):
+            decoder.graph.replay()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / (room - 2)
+
+
 def rollouts(arguments=None):
-    more = {"batch": 128, "turns": [2, 4, 5, 8, 9], "tokens": 60, "width": 64, "layers": 2}
+    more = {"batch": 128, "turns": [2, 4, 5, 8, 9], "tokens": 60, "width": 64, "layers": 2, "vocabulary": 351}
     options = parser_of("rollout", more, 3).parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {options.batch} episodes, responses of at "
           f"most {options.tokens} tokens, {options.layers} layers of width {options.width}")
-    print("| turns | rollout, tokens/s | generate, tokens/s | ratio |\n|---|---|---|---|")
+    print("| turns | rollout, tokens/s | range | generate, tokens/s | ratio | replayed steps alone, tokens/s |\n"
+          "|---|---|---|---|---|---|")
     tokenizer = load_tokenizer(str(AGENTS / "sokoban"))
-    model = tiny_model(tokenizer, width=options.width, layers=options.layers, heads=max(1, options.width // 16)).to(device).eval()
+    model = tiny_model(tokenizer, width=options.width, layers=options.layers, heads=max(1, options.width // 16))
+    model.resize_token_embeddings(max(options.vocabulary, len(tokenizer)))
+    model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    # In half precision, cuDNN's attention would take generate ten times as long: it makes a plan for every length.
+    fair = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     for turns in options.turns:
         envs = [make("sokoban", walls=0, observation="coordinates", max_turns=turns, max_actions=2 * turns, max_moves=4)
                 for _ in range(options.batch)]
@@ -174,10 +220,14 @@ def rollouts(arguments=None):
             started = time.perf_counter()
             played = rollout(model, tokenizer, envs, **shared, generator=torch.Generator(device).manual_seed(turn))
             middle = time.perf_counter()
-            generated = rollout_by_generate(model, tokenizer, envs, **shared)
+            with sdpa_kernel(fair):
+                generated = rollout_by_generate(model, tokenizer, envs, **shared)
             runs.append((int(played.response_mask.sum()) / (middle - started), generated / (time.perf_counter() - middle)))
-        ours, theirs = (statistics.median(x) for x in zip(*runs[1:]))
-        print(f"| {turns} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.1f} |", flush=True)
+        ours, theirs = zip(*runs[1:])
+        alone = options.batch / replayed_step(model, tokenizer, int(played.lengths.max()) // 2, options.tokens) \
+            if device.type == "cuda" else float("nan")
+        print(f"| {turns} | {statistics.median(ours):.0f} | {min(ours):.0f}-{max(ours):.0f} | {statistics.median(theirs):.0f} | "
+              f"{statistics.median(ours) / statistics.median(theirs):.1f} | {alone:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from extras.options import SettingsParser
 from extras.report import described, pyplot
 from extras.runs import write
 from extras.show import agent_at
-from kernels import score, score_logits
+from rollout import score
+from train import score_logits
 from train import EVALUATION_SEED
 
 
@@ -95,7 +96,7 @@ def diagnose(arm, groups):
         for kind, mask in kinds.items():
             tokens[kind] += int(mask.sum())
             of_group = lambda x: x.view(-1, s.rollouts * x.shape[1]).sum(1).cpu()  # [B, T] -> [P]
-            for name, signal in zip(names, signals):
+            for name, signal in zip(names, (x.round(decimals=5) for x in signals)):  # rounding noise has no ranks
                 means[name, kind].append(of_group(signal * mask) / of_group(mask))
         groups_played = played.returns.view(-1, s.rollouts)
         kept = variance_filter(groups_played, keep=s.keep)

@@ -2,13 +2,17 @@
 
 import torch
 
-from kernels import score
-from rollout import Chat
+from rollout import Chat, score
 
 
 @torch.no_grad()
 def check_agent(model, tokenizer):
     """ValueError, in one line, where the chat template does not fit, or where `score` would be wrong."""
+    for module in model.modules():  # with dropout, the policy would be compared with another draw of itself
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
     chat = Chat(tokenizer, "")
     if chat.text(chat.bridge("", ended=True)).rstrip().endswith("<think>"):
         raise ValueError("its chat template opens the reasoning itself, so every response would lack the tag")

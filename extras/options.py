@@ -1,11 +1,12 @@
 """The command line: an option for each field of train.Settings, what a credit's text means, and errors of one line."""
 
 import argparse
+import itertools
 import json
 import pkgutil
 from dataclasses import fields, replace
 
-from actfocus import CREDITS, Credit
+from actfocus import CREDITS, SIGNALS, Credit
 from train import DEFAULTS, Settings
 
 OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "lr", "critic_lr", "clip_low", "clip_high", "gamma",
@@ -55,6 +56,29 @@ def key_values(options):
         except json.JSONDecodeError:
             values[key] = text
     return values
+
+
+def check(settings):
+    """ValueError, in one line, for a value that no run can have."""
+    for f in fields(settings):
+        values = getattr(settings, f.name)
+        low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
+        for value in values if isinstance(values, tuple) else (values,):
+            if choices and value not in choices:
+                raise ValueError(f"{f.name}: {value!r} is not one of {', '.join(choices)}")
+            if not isinstance(value, str) and not low <= value <= high:
+                raise ValueError(f"{f.name}: {value} is not in [{low}, {high}]")
+        if isinstance(values, tuple) and f.name != "env_options" and not 0 < len(values) == len(set(values)):
+            raise ValueError(f"{f.name}: name at least one, and none twice")
+    if settings.signal not in SIGNALS:
+        raise ValueError(f"signal: {settings.signal!r} is not one of {', '.join(SIGNALS)}")
+    if settings.signal == "shift" and settings.temperature != 1:
+        raise ValueError("signal: shift reads the reference at temperature 1, so it needs --temperature 1")
+    settings.torch_device  # a device that is not there is refused here
+    env = settings.make_env()
+    env.reset(seed=0)  # as are options that admit no board
+    for name, algo in itertools.product(settings.credits, settings.algos):
+        make_credit(name, algo, settings).check(env)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -182,7 +182,8 @@ def run_arms(train_arm, settings, arms, report):
     report(line) gets every line of their logs as it comes.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = min(settings.jobs or (1 if settings.torch_device.type == "cuda" else cores), len(arms))
+    several = settings.torch_device.type != "cuda" or settings.model == "tiny"  # a large model fills a GPU alone
+    jobs = min(settings.jobs or (cores if several else 1), len(arms))
     context, seen = torch.multiprocessing.get_context("spawn"), Counter()
     stop, threads = context.Event(), max(1, min(torch.get_num_threads(), cores // jobs))
     pool = ProcessPoolExecutor(jobs, context, in_worker, (stop, threads))

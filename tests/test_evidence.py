@@ -20,7 +20,7 @@ from extras import diagnose, report, show
 from extras.diagnose import gradient_shares, rank_correlation, spearman
 from extras.report import collapse, costs, paired_gain, table
 from extras.runs import ArmFiles, load_checkpoint
-from kernels import score
+from rollout import score
 from train import Settings
 
 

@@ -1,4 +1,4 @@
-"""token_stats, score and score_logits against the naive float64 computation that holds every logit."""
+"""token_stats, weighted_loss, score and score_logits against the naive float64 computation that holds every logit."""
 
 import copy
 import os
@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from actfocus import SIGNALS
-from kernels import score, score_logits, token_stats
+from actfocus import SIGNALS, weighted_policy_loss
+from kernels import token_stats, weighted_loss
+from rollout import score
+from train import score_logits
 
 ROOT = Path(kernels.__file__).parent
 
@@ -56,7 +58,7 @@ def compare(hidden, weight, bias, targets, temperature=1.0, tolerance=1e-5, d_en
 
 
 def blocks_of(monkeypatch, tokens, vocabulary=50):
-    monkeypatch.setattr(kernels, "BLOCK_BYTES", 4 * vocabulary * tokens)
+    monkeypatch.setattr(kernels, "BLOCK_LOGITS", vocabulary * tokens)
 
 
 @pytest.mark.parametrize("n, block", [(0, 4), (1, 4), (4, 4), (5, 4), (23, 4), (23, 100), (23, 1), (5, 0)])
@@ -139,8 +141,8 @@ def test_no_block_of_logits_is_larger_than_asked_and_each_pass_makes_every_logit
     seen = record_blocks(monkeypatch)
     hidden, weight, bias, targets = inputs(23, 50, 16)
     token_stats(hidden, weight, targets, bias=bias)[0].sum().backward()
-    for shapes in seen.values():
-        assert shapes == [(7, 50), (7, 50), (7, 50), (2, 50)]
+    blocks = [(7, 50), (7, 50), (7, 50), (2, 50)]
+    assert seen == {"_statistics": 2 * blocks, "_slope": blocks}
 
 
 class Largest(TorchDispatchMode):
@@ -158,7 +160,7 @@ class Largest(TorchDispatchMode):
 def test_logits_of_all_tokens_never_exist(monkeypatch):
     blocks_of(monkeypatch, 10, 500)
     hidden, weight, bias, targets = inputs(400, 500, 8)
-    for function, largest in ((lambda: token_stats(hidden, weight, targets, bias=bias), kernels.BLOCK_BYTES),
+    for function, largest in ((lambda: token_stats(hidden, weight, targets, bias=bias), 4 * kernels.BLOCK_LOGITS),
                               (lambda: naive(hidden, weight, targets, bias, 1.0), 4 * 400 * 500)):
         with Largest() as mode:
             logprob, _, entropy = function()
@@ -308,6 +310,170 @@ def test_on_a_gpu_gradients_are_those_of_a_naive_reference():
     *leaves, targets = (x.detach().cuda() for x in inputs(300, 1000, 64))
     hidden, weight, bias = (x.requires_grad_() for x in leaves)
     compare(hidden, weight, bias, targets, tolerance=1e-4)
+
+
+# The loss in one pass
+
+
+def columns(n, device="cpu"):
+    """old_logprobs' noise, advantages and weights of n tokens, a third of the weights 0."""
+    generator = torch.Generator().manual_seed(n)
+    noise, advantages, weights, kept = torch.randn(4, n, generator=generator).to(device)
+    return 0.4 * noise, advantages, weights.abs() * (kept > -0.4)
+
+
+def compare_loss(hidden, weight, bias, targets, tolerance=1e-5, temperature=1.0, scale=1.0, **options):
+    """weighted_loss, its stats and its gradients beside weighted_policy_loss of the naive float64 log-probs."""
+    doubles = [None if x is None else x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    logprobs, _, entropy = naive(doubles[0], doubles[1], targets, doubles[2], temperature)
+    noise, advantages, weights = columns(len(targets), hidden.device)
+    old = logprobs.detach() + noise
+    entropy_coef, total = options.get("entropy_coef", 0.0), options.get("weight_sum")
+    clips = {name: x for name, x in options.items() if name.startswith("clip")}
+    expected, stats = weighted_policy_loss(*(x.double()[None] for x in (logprobs, old, advantages, weights)),
+                                           weight_sum=total, **clips)
+    expected = expected - entropy_coef * entropy[weights > 0].sum()
+    old, advantages = (x.masked_fill(weights == 0, float("nan")) for x in (old, advantages))  # not to be read
+    loss, found = weighted_loss(hidden, weight, targets, old.float(), advantages, weights, bias=bias,
+                                temperature=temperature, **options)
+    assert abs(loss.item() - expected.item()) <= tolerance * max(1, abs(expected.item()))
+    for name, value in stats.items():
+        assert abs(found[name].item() - value.item()) <= tolerance * max(1, abs(value.item())), name
+    for name, value in (("logprobs", logprobs), ("entropy", entropy)):
+        assert found[name].dtype == torch.float32 and not found[name].requires_grad
+        close(found[name], value.detach() * (weights > 0), tolerance)
+    (scale * loss).backward()
+    (scale * expected).backward()
+    for x, double in zip((hidden, weight, bias), doubles):
+        if x is not None and x.requires_grad:
+            assert x.grad.dtype == x.dtype
+            close(x.grad, double.grad, tolerance)
+
+
+@pytest.mark.parametrize("n, block", [(0, 4), (1, 4), (4, 4), (5, 4), (23, 4), (23, 100), (23, 1)])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "entropy_coef": 0.02}, {"weight_sum": 123.0, "scale": 3.0},
+                                     {"clip_low": 0.05, "clip_high": 0.01}])
+def test_the_loss_in_one_pass_is_the_loss_of_the_logprobs(n, block, options):
+    compare_loss(*inputs(n, 50, 16), block_tokens=block, **options)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float64, 1e-5)])
+def test_the_loss_in_one_pass_in_other_precisions(dtype, tolerance):
+    compare_loss(*inputs(40, 300, 32, dtype), tolerance=tolerance, entropy_coef=0.01)
+
+
+def test_the_loss_in_one_pass_without_bias_with_a_frozen_or_a_tied_weight():
+    hidden, weight, _, targets = inputs(11, 50, 16)
+    compare_loss(hidden, weight, None, targets)
+    hidden.grad = None
+    compare_loss(hidden, weight.detach(), None, targets)
+    noise, advantages, weights = columns(11)
+    gradients = []
+    for loss in (lambda h, w: weighted_loss(h, w, targets, noise - 4, advantages, weights)[0],
+                 lambda h, w: weighted_policy_loss(token_stats(h, w, targets)[0][None], (noise - 4)[None], advantages[None],
+                                                   weights[None])[0]):
+        tied = weight.detach().clone().requires_grad_()
+        loss(tied[torch.arange(11)] * 2, tied).backward()
+        gradients.append(tied.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_of_a_minibatch_add_up():
+    hidden, weight, bias, targets = inputs(23, 50, 16)
+    noise, advantages, weights = columns(23)
+    whole = weighted_loss(hidden, weight, targets, noise - 4, advantages, weights, bias=bias, entropy_coef=0.01)[0]
+    parts = [weighted_loss(hidden[rows], weight, targets[rows], (noise - 4)[rows], advantages[rows], weights[rows], bias=bias,
+                           entropy_coef=0.01, weight_sum=weights.sum())[0] for rows in (slice(9), slice(9, 23))]
+    torch.testing.assert_close(sum(parts), whole)
+    expected = torch.autograd.grad(whole, (hidden, weight, bias))
+    for x, y in zip(torch.autograd.grad(sum(parts), (hidden, weight, bias)), expected):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_in_one_pass_stays_finite_where_logits_are_huge_or_words_masked_out():
+    hidden = torch.tensor([[1e4], [-1e4], [0.0]], requires_grad=True)
+    weight, bias = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True), torch.tensor([0.0, 0.0, -float("inf")])
+    for bias in (None, bias):
+        loss, stats = weighted_loss(hidden, weight, torch.tensor([0, 1, 0]), torch.zeros(3), torch.ones(3), torch.ones(3),
+                                    bias=bias, entropy_coef=0.1)
+        loss.backward()
+        assert stats["logprobs"][:2].tolist() == [0.0, 0.0] and torch.isfinite(loss)
+        assert torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+
+
+def test_tokens_of_weight_0_cost_nothing_and_each_logit_is_made_once(monkeypatch):
+    seen = record_blocks(monkeypatch)
+    hidden, weight, bias, targets = inputs(23, 50, 16)
+    noise, advantages, weights = columns(23)
+    targets[weights == 0] = -100  # as frameworks mark what is not trained
+    weighted_loss(hidden, weight, targets, noise - 4, advantages, weights, bias=bias, entropy_coef=0.01,
+                  block_tokens=7)[0].backward()
+    n = int((weights > 0).sum())
+    assert seen["_statistics"] == seen["_slope"] == [(min(7, n - start), 50) for start in range(0, n, 7)]
+    assert not hidden.grad[weights == 0].any() and hidden.grad[weights > 0].any(1).all()
+
+
+def test_without_gradients_only_the_numbers_are_made(monkeypatch):
+    seen = record_blocks(monkeypatch)
+    hidden, weight, bias, targets = inputs(9, 50, 16)
+    with torch.no_grad():
+        loss, _ = weighted_loss(hidden, weight, targets, *columns(9), bias=bias)
+    assert not loss.requires_grad and seen["_slope"] == [] and len(seen["_statistics"]) == 1
+
+
+def test_a_second_backward_pass_through_the_loss_is_refused():
+    hidden, weight, _, targets = inputs(9, 50, 16)
+    loss, _ = weighted_loss(hidden, weight, targets, *columns(9))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+def test_the_weights_gradient_is_handed_out_without_a_copy(monkeypatch):
+    """The largest tensor there is: the sum that the blocks were added up in becomes .grad, scaled in place."""
+    made, zeros_like = [], torch.zeros_like
+
+    def recorded(*arguments, **options):
+        x = zeros_like(*arguments, **options)
+        made.append(x.data_ptr())
+        return x
+    monkeypatch.setattr(torch, "zeros_like", recorded)
+    hidden, weight, _, targets = inputs(9, 50, 16)
+    (2 * weighted_loss(hidden, weight, targets, *columns(9))[0]).backward()
+    assert weight.grad.data_ptr() in made
+
+
+@pytest.mark.parametrize("change", [
+    {"targets": torch.tensor([0, 50])}, {"weights": torch.tensor([1.0, -1.0])}, {"weights": torch.tensor([1.0, float("nan")])},
+    {"advantages": torch.tensor([0.0, float("inf")])}, {"old_logprobs": torch.tensor([float("nan"), 0.0])},
+    {"weights": torch.ones(3)}, {"old_logprobs": torch.zeros(2, 1)}, {"weight_sum": 0.0}, {"weight_sum": -1.0},
+    {"weight_sum": float("nan")}, {"clip_low": 1.5}, {"clip_low": -0.1}, {"clip_high": -0.1}, {"temperature": 0.0},
+    {"bias": torch.zeros(49)}])
+def test_bad_arguments_of_the_loss_are_refused(change):
+    arguments = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(50, 4), "targets": torch.tensor([0, 1]),
+                 "old_logprobs": torch.zeros(2), "advantages": torch.ones(2), "weights": torch.ones(2)}
+    weighted_loss(**arguments)
+    with pytest.raises(ValueError):
+        weighted_loss(**arguments | change)
+
+
+def test_the_loss_compiled_and_under_autocast_is_the_same(monkeypatch):
+    compare_loss(*inputs(23, 50, 16), entropy_coef=0.01, block_tokens=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        compare_loss(*inputs(23, 50, 16), entropy_coef=0.01, block_tokens=5)
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 0)
+    compiled = []
+    monkeypatch.setattr(kernels, "_compiled", lambda f, make=kernels._compiled: compiled.append(f) or make(f))
+    compare_loss(*inputs(23, 50, 16), entropy_coef=0.01, block_tokens=5)  # the last block is smaller
+    assert kernels._plain or kernels._slope in compiled
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_on_a_gpu_the_loss_in_one_pass_is_that_of_a_naive_reference(dtype, tolerance):
+    for n, vocabulary in ((300, 1000), (700, 5000)):  # plain and compiled
+        *leaves, targets = (x.detach().cuda() for x in inputs(n, vocabulary, 64, dtype))
+        compare_loss(*(x.requires_grad_() for x in leaves), targets, tolerance=tolerance, entropy_coef=0.01, block_tokens=256)
 
 
 # A language model's trajectories

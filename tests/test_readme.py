@@ -19,6 +19,7 @@ import train
 from extras import agent as teacher
 from extras import report
 from extras.facts import facts
+from rollout import score
 
 ROOT = Path(train.__file__).parent
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "results/README.md"))
@@ -179,8 +180,8 @@ def test_the_copied_loop_finds_the_masks_and_updates(copied):
 
 
 def test_the_copied_loop_scores_as_kernels_does(copied):
-    """Log-probs and energies of the loop, of the three lines for token_stats, and of kernels.score."""
-    stats = kernels.score(copied["reference"], copied["ids"], copied["response_mask"])
+    """Log-probs and energies of the loop, of the three lines for token_stats, and of rollout.score."""
+    stats = score(copied["reference"], copied["ids"], copied["response_mask"])
     mask = copied["response_mask"]
     torch.testing.assert_close(copied["energy"][mask[:, 1:]], -stats.logsumexp[mask], atol=1e-4, rtol=0)
     torch.testing.assert_close(copied["old_logprobs"][mask[:, 1:]], stats.logprobs[mask], atol=1e-4, rtol=0)

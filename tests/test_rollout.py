@@ -30,7 +30,7 @@ import extras.agent as taught
 import rollout as sampling
 from env import response
 from extras.metrics import describe
-from kernels import score
+from rollout import score
 from rollout import Chat, Decoder, Transcript, load_agent, pack, rollout, sample, sample_turn
 from train import AGENTS, DEFAULTS, Settings
 
@@ -144,10 +144,10 @@ def test_any_order_of_rows_and_any_lengths_of_turns(agent, kind):
     model = model_class._from_config(config, attn_implementation="sdpa").eval()
     rng, generator, words = np.random.default_rng(0), torch.Generator().manual_seed(0), len(agent[1])
     for _ in range(3):
-        decoder = Decoder(model)
+        decoder = Decoder(model, 1.3, generator)
         texts = {row: rng.integers(words, size=rng.integers(1, 80)).tolist() for row in range(5)}
         while texts:
-            made = sample_turn(decoder, texts, set(range(0, words, 6)), 1.3, int(rng.integers(1, 12)), generator)
+            made = sample_turn(decoder, texts, set(range(0, words, 6)), int(rng.integers(1, 12)))
             assert made.keys() == texts.keys()
             for row, (ids, logprobs) in made.items():
                 expected = plain_logprobs(model, texts[row] + ids, 1.3)[len(texts[row]) - 1:]
@@ -234,15 +234,15 @@ def test_a_turn_ends_when_all_rows_have_ended_and_what_rows_drew_after_their_end
         tokens[:] = torch.where(torch.arange(8) == longest, word, tokens if len(counting.calls) > 1 else stop)
         return tokens, torch.arange(8) + len(counting.calls) / 100
     monkeypatch.setattr(sampling, "sample", drawn)
-    decoder, texts = Decoder(counting), {row: [word] * (row + 1) for row in range(8)}
-    responses = sample_turn(decoder, texts, {stop}, 1.0, 20, None)
+    decoder, texts = Decoder(counting, 1.0, None), {row: [word] * (row + 1) for row in range(8)}
+    responses = sample_turn(decoder, texts, {stop}, 20)
     assert counting.calls == [(8, 8)] + [(8, 1)] * 19
     assert [responses[row][0] for row in range(8)] == [[word] * 20 if row == 5 else [stop] for row in range(8)]
     assert responses[3][1] == [pytest.approx(3.01)] and responses[5][1][-1] == pytest.approx(5.20)
     assert decoder.cached == {row: row + 1 + (19 if row == 5 else 0) for row in range(8)}
     counting.calls.clear()
     longest = 9
-    again = sample_turn(decoder, {row: texts[row] + responses[row][0] for row in texts}, {stop}, 1.0, 20, None)
+    again = sample_turn(decoder, {row: texts[row] + responses[row][0] for row in texts}, {stop}, 20)
     assert all(ids == [stop] for ids, _ in again.values()) and len(counting.calls) == 1
 
 
@@ -250,7 +250,7 @@ def test_the_cache_is_freed_with_its_decoder(agent):
     gc.collect()
     gc.disable()
     try:
-        decoder = Decoder(agent[0])
+        decoder = Decoder(agent[0], 1.0, None)
         with torch.no_grad():
             decoder.begin({0: [5, 6, 7]}, 4)
         alive = [weakref.ref(decoder), *(weakref.ref(layer.keys) for layer in decoder.cache.layers)]
@@ -275,13 +275,33 @@ def test_on_a_gpu_logprobs_are_the_models(agent, half):
     assert_logprobs_are_those_of_a_plain_forward_pass(model.cpu(), played, atol=0.1 if half else 1e-3)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("captures", [True, False])
+def test_on_a_gpu_steps_are_replayed_unless_the_model_looks_at_its_numbers(agent, captures):
+    """What a model that cannot be captured says is right all the same, as is what it draws."""
+    from extras.captured import CapturedDecoder
+    model = copy.deepcopy(agent[0]).cuda()
+    if not captures:
+        model.model.norm.register_forward_hook(lambda module, inputs, out: out if float(out.sum()) else out)
+    decoder = CapturedDecoder(model, 1.0, torch.Generator("cuda").manual_seed(0))
+    texts = {row: [5, 6, 7, 8][: row + 1] for row in range(4)}
+    with torch.no_grad():
+        made = sample_turn(decoder, texts, {0}, 20)
+    assert (decoder.graph is not None) == captures
+    model.cpu()
+    for row, (ids, logprobs) in made.items():
+        expected = plain_logprobs(model, texts[row] + ids, 1.0)[len(texts[row]) - 1:]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-3, rtol=0)
+    assert len({tuple(ids) for ids, _ in made.values()}) > 1  # the generator moves on in a replay
+
+
 def test_sampling_leaves_the_model_as_it_was(agent):
     model = agent[0]
     model.train()
     run(agent, n=1)
     assert model.training and model.config._attn_implementation == "sdpa"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError):  # in the middle of a rollout, too
-        patch.setattr(Decoder, "feed", lambda self, ids: torch.full((len(ids), 9), torch.nan))
+        patch.setattr(Decoder, "feed", lambda self, ids: sample(torch.full((len(ids), 9), torch.nan), 1.0, None))
         run(agent, n=1)
     assert model.training and model.config._attn_implementation == "sdpa"
     model.eval()
@@ -311,9 +331,11 @@ def test_the_smallest_and_the_largest_number_draw_the_first_and_the_last_possibl
 
 
 @pytest.mark.parametrize("bad", [torch.nan, math.inf])
-def test_logits_that_are_not_finite_are_named(bad):
-    with pytest.raises(FloatingPointError, match="not finite"):
-        sample(torch.tensor([[0.0, 1.0], [0.0, bad]]), 1.0, torch.Generator())
+def test_logits_that_are_not_finite_are_named(agent, bad):
+    logits = torch.tensor([[0.0, 1.0], [0.0, bad]])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="not finite"):
+        patch.setattr(Decoder, "feed", lambda self, ids: sample(logits, 1.0, None))
+        run(agent, n=2)
 
 
 def test_temperature_is_applied_to_the_recorded_logprobs(agent):

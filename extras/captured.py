@@ -1,0 +1,44 @@
+"""Decoding on a GPU: a turn's steps are captured once as a CUDA graph and then replayed (rollout.py does without).
+
+A decode step is a hundred small kernels. Launched one by one from Python, they leave the GPU idle nine tenths of the
+time; a graph launches them at once. Everything that a step changes has to stand in memory that stays where it is: the
+ids, the column that is written, the cache, which keeps its full width (the mask hides the columns to come), and the
+generator's state.
+"""
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from rollout import Decoder
+
+
+class CapturedDecoder(Decoder):
+    graph = None
+
+    def begin(self, texts, room):
+        self.graph = None  # every turn has its own shapes
+        return super().begin(texts, room)
+
+    def forward(self, ids):
+        # Not cuDNN's attention: for every length of the cache it makes a plan, which takes ten times the step itself.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return super().forward(ids)
+
+    def step(self, tokens):
+        if self.graph is None:
+            graph, used = torch.cuda.CUDAGraph(), self.used
+            if self.generator is not None:
+                graph.register_generator_state(self.generator)
+            self.ids, self.end = tokens[:, None].clone(), self.mask.shape[1]
+            self.used = self.columns = torch.tensor([used], device=tokens.device)
+            try:
+                with torch.cuda.graph(graph):
+                    self.drawn = self.forward(self.ids)
+                    self.ids.copy_(self.drawn[0][:, None])
+                    self.columns += 1
+                self.graph = graph
+            except RuntimeError:  # a forward pass that looks at its numbers, as some mixtures of experts do
+                self.used, self.step = used, super().step
+                return self.step(tokens)
+        self.graph.replay()
+        return [x.clone() for x in self.drawn]
