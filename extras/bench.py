@@ -207,7 +207,7 @@ def rollouts(arguments=None):
           "|---|---|---|---|---|---|")
     tokenizer = load_tokenizer(str(AGENTS / "sokoban"))
     model = tiny_model(tokenizer, width=options.width, layers=options.layers, heads=max(1, options.width // 16))
-    model.resize_token_embeddings(max(options.vocabulary, len(tokenizer)))
+    model.resize_token_embeddings(max(options.vocabulary, len(tokenizer)), mean_resizing=False)
     model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     # In half precision, cuDNN's attention would take generate ten times as long: it makes a plan for every length.
     fair = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
