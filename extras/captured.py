@@ -26,19 +26,26 @@ class CapturedDecoder(Decoder):
 
     def step(self, tokens):
         if self.graph is None:
-            graph, used = torch.cuda.CUDAGraph(), self.used
-            if self.generator is not None:
-                graph.register_generator_state(self.generator)
-            self.ids, self.end = tokens[:, None].clone(), self.mask.shape[1]
+            used, self.ids, self.end = self.used, tokens[:, None].clone(), self.mask.shape[1]
             self.used = self.columns = torch.tensor([used], device=tokens.device)
             try:
-                with torch.cuda.graph(graph):
-                    self.drawn = self.forward(self.ids)
-                    self.ids.copy_(self.drawn[0][:, None])
-                    self.columns += 1
-                self.graph = graph
+                self.graph = self.capture(self.forward_and_on)
             except RuntimeError:  # a forward pass that looks at its numbers, as some mixtures of experts do
+                self.capture(self.columns.zero_)  # else the generators believe that they are still being captured
                 self.used, self.step = used, super().step
                 return self.step(tokens)
         self.graph.replay()
         return [x.clone() for x in self.drawn]
+
+    def forward_and_on(self):
+        self.drawn = self.forward(self.ids)
+        self.ids.copy_(self.drawn[0][:, None])
+        self.columns += 1
+
+    def capture(self, function):
+        graph = torch.cuda.CUDAGraph()
+        if self.generator is not None:
+            graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            function()
+        return graph

@@ -24,7 +24,7 @@ PAPER = "--max-response-tokens 400 --env-options size=6 walls=2 max_turns=5 max_
 SMOLLM2 = "--width 576 --layers 30 --vocabulary 49152"  # its shape but for the heads, with untrained weights
 # part: (seconds it may take, command, what is appended in a rehearsal)
 PARTS = {
-    "tests": (60, "-m pytest -q -k gpu -p no:cacheprovider", ""),
+    "tests": (60, "-m pytest -q -k on_a_gpu -p no:cacheprovider", ""),
     "default comparison": (170, "train.py", "--steps 2 --prompts 2 --rollouts 4 --eval-boards 2 --eval-rollouts 2"),
     "loss, V 151936": (60, "-m extras.bench loss --dtype bfloat16 --tokens 16384 --rounds 3",
                        "--tokens 64 --hidden 32 --vocabulary 500 --rounds 1"),
@@ -33,7 +33,7 @@ PARTS = {
     "rollouts": (60, "-m extras.bench rollout --turns 2 5 9 --rounds 3", "--turns 2 --rounds 1 --batch 4 --tokens 9"),
     "rollouts, SmolLM2's shape": (75, f"-m extras.bench rollout --turns 5 --rounds 1 {SMOLLM2}",
                                   "--turns 2 --rounds 1 --batch 4 --tokens 9 --width 32 --layers 2 --vocabulary 351"),
-    "paper's boards": (60, f"train.py --steps 3 {PAPER}",
+    "paper's boards": (60, f"train.py --steps 3 --eval-boards 32 {PAPER}",
                        "--steps 1 --prompts 2 --rollouts 4 --eval-boards 2 --eval-rollouts 2 --max-response-tokens 20"),
 }
 
