@@ -80,17 +80,16 @@ def main(arguments=None):
                 os.killpg(process.pid, 9)
                 code = process.wait()
         part = {"command": " ".join(command), "seconds": round(time.perf_counter() - started, 1), "limit": limit, "code": code}
+        lines = (options.out / f"{stem}.log").read_text().splitlines()
+        part["printed"] = [line for line in lines if line.startswith("|")] or lines[-10:]
         found["parts"][name] = part | ({"arms": of_steps(run)} if command[0] == "train.py" else {})
         (options.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"\n{device}, torch {found['torch']}, transformers {found['transformers']}, {found['date']}")
     for name, part in found["parts"].items():
-        stem = name.replace(" ", "-").replace(",", "").replace("'", "")
         print(f"\n{name}: {part['seconds']} s, {'exit code ' + str(part['code']) if part['code'] else 'ok'}")
         for arm, numbers in part.get("arms", {}).items():
             print(f"  {arm}: {json.dumps(numbers)}")
-        if "arms" not in part or part["code"]:
-            lines = (options.out / f"{stem}.log").read_text().splitlines()
-            print("\n".join([x for x in lines if x.startswith("|")] or lines[-5:]))
+        print("\n".join(part["printed"]))
 
 
 if __name__ == "__main__":
