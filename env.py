@@ -90,10 +90,6 @@ class Env:
         """A shortest list of actions to the goal from here, or None where there is none."""
         raise NotImplementedError
 
-    def gold(self):
-        """The right answer as text, if the task has one; else None."""
-        return None
-
     def ceiling(self):
         """Probability of success from here under the best play within the budgets."""
         plan = self.oracle()

@@ -15,9 +15,8 @@ and for ActFocus's loss, -w min(rho A, clip(rho) A) / weight_sum with rho = exp(
     a = -w rho A / weight_sum where rho A <= clip(rho) A, else 0            e = -entropy_coef                        (2)
 
 So `weighted_loss` can turn the logits of a block of tokens into (1) while they are there, and multiply that into the
-gradients of hidden and weight: three products, the fewest possible. `token_stats` gives the numbers alone; where a
-gradient comes back to them, it makes the logits a second time. This file needs torch and nothing else.
-`python kernels.py` measures time, memory and gradient error beside other implementations (see --help).
+gradients of hidden and weight: three products, the fewest possible. `token_stats` gives the numbers; for a gradient, it
+makes the logits again. This file needs torch alone. `python kernels.py` measures it beside others (see --help).
 """
 
 import functools
@@ -84,11 +83,11 @@ def _in_float32(operation, *tensors, **out):
     return operation(*tensors, **out, **({} if tensors[-1].dtype == torch.float32 else {"out_dtype": torch.float32}))
 
 
-def logits_by_block(hidden, weight, bias=None, rows=None, block_tokens=None):
+def logits_by_block(hidden, weight, bias=None, rows=None, block_tokens=None, at_least=1):
     """Yield (rows[n], their logits[n, V] in float32), a block of tokens at a time; the next block overwrites them."""
     rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
-    # A GPU wants large products: there, a block's logits weigh as much as the weight in float32.
-    size = block_tokens or max(1, BLOCK_LOGITS // len(weight), hidden.shape[1] if hidden.is_cuda else 0)
+    at_least = hidden.shape[1] if hidden.is_cuda else at_least  # a GPU wants large products
+    size = block_tokens or max(at_least, BLOCK_LOGITS // len(weight), 1)
     hidden, weight = _factors(hidden, weight)
     buffer = torch.empty(min(size, len(rows)), len(weight), device=hidden.device)
     for part in rows.split(size):
@@ -97,36 +96,34 @@ def logits_by_block(hidden, weight, bias=None, rows=None, block_tokens=None):
 
 
 @torch.no_grad()
-def _one_pass(inputs, targets, temperature, rows=None, asked=(), coefficients=None, block_tokens=None):
-    """Over the tokens at `rows` -> (logprob, logsumexp, entropy) [N] each, and the gradients of inputs that are asked.
+def _one_pass(inputs, targets, temperature, rows=None, coefficients=None, block_tokens=None):
+    """Tokens at `rows` -> (logprob, logsumexp, entropy) [N] each, and the gradients of hidden, weight, bias.
 
-    inputs: hidden, weight, bias. asked: which of them want one. coefficients(rows, logprob) -> (a, e) of (1), [n] all.
+    coefficients(rows, logprob) -> (a, e) of equation (1), [n] all. None: no gradients.
     """
     hidden, weight = _factors(*inputs[:2])
-    if any(asked[1:2]) and not hidden.is_cuda:  # beside the weight's gradient, a third of its memory is worth the speed
-        block_tokens = block_tokens or max(1, BLOCK_LOGITS // len(weight), hidden.shape[1] // 3)
-    numbers = [torch.zeros(len(targets), device=targets.device) for _ in range(3)]
+    asked = [coefficients is not None and x is not None and x.requires_grad for x in inputs]
+    at_least = hidden.shape[1] // 3 if asked[1] else 1  # a third of the weight's gradient again is worth the speed
+    numbers = torch.zeros(3, len(targets), device=targets.device)
     sums = [torch.zeros_like(x, dtype=torch.float32) if asks else None for x, asks in zip(inputs, asked)]
     with torch.autocast(targets.device.type, enabled=False):  # it would turn the float32 products into half precision
-        for part, logits in logits_by_block(*inputs, rows, block_tokens):
+        for part, logits in logits_by_block(*inputs, rows, block_tokens, at_least):
             *found, top, log_sum = _run(_statistics, logits, targets[part], temperature)
-            for whole, x in zip(numbers, found):
-                whole[part] = x
-            if not any(asked):
-                continue
-            (a, e), (d_hidden, d_weight, d_bias) = coefficients(part, found[0]), sums
-            slope = _run(_slope, logits, targets[part], temperature, found[2], top, log_sum, a, e, weight.dtype)
-            if d_hidden is not None:
-                d_hidden[part] = _in_float32(torch.mm, slope, weight)
-            if d_weight is not None:
-                _in_float32(torch.addmm, d_weight, slope.T, hidden[part], out=d_weight)
-            if d_bias is not None:
-                d_bias += slope.sum(0)
-    return numbers, [None if d is None else d.to(x.dtype) for d, x in zip(sums, inputs)]
+            numbers[:, part] = torch.stack(found)
+            if any(asked):
+                (a, e), (d_hidden, d_weight, d_bias) = coefficients(part, found[0]), sums
+                slope = _run(_slope, logits, targets[part], temperature, found[2], top, log_sum, a, e, weight.dtype)
+                if d_hidden is not None:
+                    d_hidden[part] = _in_float32(torch.mm, slope, weight)
+                if d_weight is not None:
+                    _in_float32(torch.addmm, d_weight, slope.T, hidden[part], out=d_weight)
+                if d_bias is not None:
+                    d_bias += slope.sum(0)
+    return [x.clone() for x in numbers], [None if d is None else d.to(x.dtype) for d, x in zip(sums, inputs)]
 
 
 class _Given(torch.autograd.Function):
-    """`values` as functions of hidden, weight, bias, where backward(inputs, *d_values) gives the latter's gradients."""
+    """`values` as functions of the inputs, whose gradients are backward(inputs, *d_values)."""
 
     @staticmethod
     def forward(ctx, values, backward, *inputs):
@@ -141,7 +138,6 @@ class _Given(torch.autograd.Function):
 
 
 def _check(hidden, weight, targets, bias, temperature, clip_low=0.0, clip_high=0.0, columns=()):
-    """ValueError: shapes that do not fit, numbers out of range."""
     fits = hidden.dim() == weight.dim() == 2 and hidden.shape == (*targets.shape, weight.shape[1])
     fits &= (bias is None or bias.shape == weight.shape[:1]) and all(x.shape == targets.shape for x in columns)
     if not fits or targets.is_floating_point() or targets.dtype == torch.bool:
@@ -167,8 +163,7 @@ def token_stats(hidden, weight, targets, *, bias=None, temperature=1.0):
 
     def backward(inputs, d_logprobs, d_entropy):
         rows = ((d_logprobs != 0) | (d_entropy != 0)).nonzero()[:, 0]  # a masked token's gradient is 0
-        asked = [x is not None and x.requires_grad for x in inputs]
-        return _one_pass(inputs, targets, temperature, rows, asked, lambda *r: (d_logprobs[r[0]], d_entropy[r[0]]))[1]
+        return _one_pass(inputs, targets, temperature, rows, lambda part, _: (d_logprobs[part], d_entropy[part]))[1]
     logprobs, entropy = _Given.apply((logprobs, entropy), backward, *inputs)
     return logprobs, logsumexp, entropy
 
@@ -179,51 +174,44 @@ def weighted_loss(hidden, weight, targets, old_logprobs, advantages, weights, *,
 
     loss = -(1 / weight_sum) sum_t w_t min(rho_t A_t, clip(rho_t) A_t) - entropy_coef * sum of the entropies of tokens
     with w_t > 0. Arguments as there, the last three [N]; where a weight is 0 nothing is read or computed. weight_sum:
-    the whole minibatch's, where this is a part of it. block_tokens: how many tokens' logits are held at once; fewer
-    need less memory and more time. stats, without gradient: approx_kl, clip_fraction, ratio_mean, and logprobs[N],
-    entropy[N], 0 where the weight is. There can be but one backward pass: it hands the gradients out.
-    ValueError: what the two refuse; but where a log-prob is not finite, the loss is not either.
+    the whole minibatch's, where this is a part of it. block_tokens: that many tokens' logits are held at once; fewer
+    need less memory and more time. stats: as there, and logprobs[N], entropy[N], 0 where the weight is. There can be
+    but one backward pass: it hands the gradients out. ValueError: as there, but for log-probs that are not finite.
     """
-    columns = old_logprobs, advantages, weights
-    _check(hidden, weight, targets, bias, temperature, clip_low, clip_high, columns)
-    old_logprobs, advantages, weights = (x.detach().float() for x in columns)
+    _check(hidden, weight, targets, bias, temperature, clip_low, clip_high, (old_logprobs, advantages, weights))
+    old_logprobs, advantages, weights = (x.detach().float() for x in (old_logprobs, advantages, weights))
     total = weights.sum() if weight_sum is None else torch.as_tensor(weight_sum, device=weights.device).detach()
-    active = weights != 0
+    active = weights != 0  # below, all checks together wait for a GPU once
     right = (weights > 0) & (targets >= 0) & (targets < len(weight)) & (old_logprobs + advantages + weights).isfinite()
-    enough = total.isfinite() & ((total > 0) | ((total == 0) & ~active.any()))
-    if not ((right | ~active).all() & enough):  # the one wait for a GPU
-        raise ValueError(f"where a weight is not 0, it must be positive, target in [0, {len(weight)}), old_logprob and "
-                         "advantage finite; weight_sum must be the sum of the minibatch's weights")
+    if not ((right | ~active).all() & total.isfinite() & ((total > 0) | (total == 0) & ~active.any())):
+        raise ValueError("where weights are not 0, they must be positive, targets in [0, V), old_logprobs and "
+                         "advantages finite; weight_sum must be the sum of the minibatch's weights")
     total = total.clamp(min=torch.finfo(torch.float32).tiny)  # without any weight the loss is 0
     rows, inputs = active.nonzero()[:, 0], (hidden, weight, bias)
-    asked = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
 
     def objective(rows, logprob):
-        """-> (log rho, rho, clip(rho), min(rho A, clip(rho) A)), [n] each."""
         log_ratio = (logprob - old_logprobs[rows]).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [n], as are the others
         return log_ratio, ratio, clipped, torch.minimum(ratio * advantages[rows], clipped * advantages[rows])
 
     def coefficients(rows, logprob):  # equation (2)
         log_ratio, ratio, _, least = objective(rows, logprob)
         moves = (ratio * advantages[rows] <= least) & (log_ratio.abs() < MAX_LOG_RATIO)
-        a = torch.where(moves, -weights[rows] * least / total, 0.0)
-        return a, torch.zeros_like(a) - entropy_coef
-    (logprobs, _, entropy), gradients = _one_pass(inputs, targets.long(), temperature, rows, asked, coefficients,
-                                                  block_tokens)
+        return torch.where(moves, -weights[rows] * least / total, 0.0), torch.zeros_like(ratio) - entropy_coef
+    (logprobs, _, entropy), gradients = _one_pass(inputs, targets.long(), temperature, rows,
+                                                  coefficients if torch.is_grad_enabled() else None, block_tokens)
 
     def backward(_, d_loss):
         if not gradients:
             raise RuntimeError("weighted_loss gives its gradients once: call it again for a second backward pass")
         scaled = d_loss.is_cuda or d_loss != 1  # after the call
         return [d.mul_(d_loss) if scaled and d is not None else d for d in map(gradients.pop, [0] * 3)]
-    with torch.no_grad():
-        log_ratio, ratio, clipped, least = objective(rows, logprobs[rows])
-        loss = -(weights[rows] * least).sum() / total - entropy_coef * entropy.sum()
-        mean = lambda x: x.sum() / max(1, len(rows))
-        stats = {"approx_kl": mean(ratio - 1 - log_ratio), "clip_fraction": mean(ratio != clipped),
-                 "ratio_mean": mean(ratio), "logprobs": logprobs, "entropy": entropy}
+    log_ratio, ratio, clipped, least = objective(rows, logprobs[rows])
+    loss = -(weights[rows] * least).sum() / total - entropy_coef * entropy.sum()
+    mean = lambda x: x.sum() / max(1, len(rows))
+    stats = {"approx_kl": mean(ratio - 1 - log_ratio), "clip_fraction": mean(ratio != clipped),
+             "ratio_mean": mean(ratio), "logprobs": logprobs, "entropy": entropy}
     return _Given.apply(loss, backward, *inputs), stats
 
 

@@ -7,8 +7,8 @@ so a turn costs its own tokens, not the conversation's.
     trajectories = rollout(model, tokenizer, envs, seeds=range(128), temperature=1.0, max_response_tokens=100,
                            generator=torch.Generator().manual_seed(0))
 
-Works with a Hugging Face causal model and a tokenizer that has a chat template. Shapes as in actfocus.py.
-`python rollout.py` measures tokens per second beside a loop around model.generate.
+for a Hugging Face causal model and a tokenizer with a chat template. Shapes as in actfocus.py. `python rollout.py`
+measures tokens per second beside a loop around model.generate.
 """
 
 import copy
@@ -17,14 +17,13 @@ import inspect
 import re
 import weakref
 from bisect import bisect_left, bisect_right
+from collections import namedtuple
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate
 
 import torch
-from jinja2 import TemplateError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kernels import token_stats
@@ -47,7 +46,7 @@ class Trajectories:
     success: torch.Tensor  # [B] bool
     valid: torch.Tensor  # [B] float32: share of the responses that paid no format penalty
     turns: torch.Tensor  # [B] int64: responses given
-    outcome: dict[str, torch.Tensor]  # name -> [B] float32: what the environment says of the finished episodes
+    outcome: list[dict]  # B of name -> number: what the environment says of the finished episode
     notes: list  # B objects: what the kind of Transcript kept for a credit method, None for a plain one
 
     def __len__(self):
@@ -59,7 +58,7 @@ class Trajectories:
         rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
         longest = int(self.lengths[rows].max()) if len(rows) else 0
         picked = self._each(lambda x: x[rows] if x.dim() == 1 else x[rows, :longest])
-        picked.notes = [self.notes[row] for row in rows.tolist()]
+        picked.outcome, picked.notes = ([x[row] for row in rows.tolist()] for x in (self.outcome, self.notes))
         return picked
 
     def to(self, device):
@@ -68,10 +67,7 @@ class Trajectories:
     def _each(self, function):
         """A copy with the function of each tensor, of those too that a subclass or a credit method has added."""
         other = copy.copy(self)
-        for name, x in vars(self).items():
-            if isinstance(x, dict):
-                x = {key: function(value) for key, value in x.items()}
-            setattr(other, name, function(x) if isinstance(x, torch.Tensor) else x)
+        vars(other).update({name: function(x) for name, x in vars(self).items() if isinstance(x, torch.Tensor)})
         return other
 
     def parts(self, size):
@@ -94,8 +90,6 @@ class Chat:
     """The tokens around the responses, taken from the tokenizer's chat template."""
 
     def __init__(self, tokenizer, system_prompt, stop_ids=()):
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("model: the tokenizer has no chat template: use an instruction-tuned model")
         self.tokenizer, self.system = tokenizer, [{"role": "system", "content": system_prompt}]
         self.stop_ids = {tokenizer.eos_token_id, *stop_ids}  # what ends a response
         self.pieces = {}  # id -> its text
@@ -103,10 +97,7 @@ class Chat:
 
     def _encode(self, messages, after=None):
         messages = self.system + messages
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # some know no system role, say
-            raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from None
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if after is not None:
             text = text[text.index(after) + len(after):]
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -136,8 +127,7 @@ class Chat:
         if "".join(self.pieces[i] for i in ids) == text:
             ends = list(accumulate(len(self.pieces[i]) for i in ids))
             return list(zip([0, *ends[:-1]], ends))
-        # A token's text depends on its neighbours: decode every prefix. An unfinished character shows as U+FFFD, no
-        # text yet.
+        # A token's text depends on its neighbours: decode every prefix. U+FFFD is a character that is not whole yet.
         ends = [len(self.text(ids[: n + 1]).rstrip("\ufffd")) for n in range(len(ids))]
         return [(start, max(end, start + 1)) for start, end in zip([0, *ends[:-1]], ends)]
 
@@ -199,7 +189,6 @@ def pack(transcripts, pad_id=0):
         values = [torch.tensor(x, dtype=dtype) for x in values]
         return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=pad)
     turn_ids = column([t.turn_ids for t in transcripts], -1)
-    outcomes = [t.env.outcome() for t in transcripts]
     return Trajectories(
         ids=column([t.ids for t in transcripts], pad_id), response_mask=turn_ids >= 0, turn_ids=turn_ids,
         action_mask=column([t.action_mask for t in transcripts], False),
@@ -209,8 +198,7 @@ def pack(transcripts, pad_id=0):
         success=torch.tensor([t.success for t in transcripts]),
         valid=torch.tensor([sum(t.valid) / len(t.valid) for t in transcripts]),
         turns=torch.tensor([len(t.valid) for t in transcripts]),
-        outcome={name: torch.tensor([float(o[name]) for o in outcomes]) for name in outcomes[0]},
-        notes=[t.notes for t in transcripts])
+        outcome=[t.env.outcome() for t in transcripts], notes=[t.notes for t in transcripts])
 
 
 @torch.no_grad()
@@ -231,10 +219,9 @@ def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, 
 
 def begin(model, tokenizer, envs, seeds, max_response_tokens, max_context=None, transcript=Transcript):
     """A transcript of each environment, up to where the first response begins."""
-    if len(envs) != len(seeds) or not envs:
-        raise ValueError(f"need one seed an environment and at least one, got {len(envs)} and {len(seeds)}")
-    if max_response_tokens < 1:
-        raise ValueError(f"max_response_tokens must be at least 1, got {max_response_tokens}")
+    if not len(envs) == len(seeds) > 0 or max_response_tokens < 1:
+        raise ValueError(f"need a seed for each environment, one at least, and max_response_tokens: got {len(envs)} "
+                         f"environments, {len(seeds)} seeds, {max_response_tokens} tokens")
     also = getattr(model.generation_config, "eos_token_id", None)
     stop_ids = {*(also if isinstance(also, list) else [also])} - {None}
     max_context = max_context or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
@@ -285,9 +272,8 @@ def sample_turn(decoder, texts, stop_ids, max_tokens):
     tokens, logprobs = (torch.stack(x, 1) for x in zip(*drawn))  # [rows, steps]
     if torch.isnan(logprobs).any():
         raise FloatingPointError("the model's logits are not finite")
-    before = torch.isin(tokens, stops).cumsum(1).roll(1, 1)  # stop ids before each token
-    before[:, 0] = 0
-    lengths = (before == 0).sum(1).tolist()
+    stopped = torch.isin(tokens, stops)
+    lengths = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, tokens.shape[1]).tolist()
     decoder.cached = {row: len(texts[row]) + n - 1 for row, n in zip(texts, lengths)}  # the last one was not fed
     return {row: (t[:n], p[:n]) for row, t, p, n in zip(texts, tokens.tolist(), logprobs.tolist(), lengths)}
 
@@ -306,10 +292,9 @@ class RoomyLayer(DynamicLayer):
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key_states.dtype
             self.keys, self.values = (x.new_zeros(*x.shape[:2], self.decoder.mask.shape[1], x.shape[3], dtype=dtype)
                                       for x in (key_states, value_states))
-        kept = self.keys, self.values
-        for room, new in zip(kept, (key_states, value_states)):
+        for room, new in ((self.keys, key_states), (self.values, value_states)):
             room.index_copy_(2, self.decoder.columns, new.to(room.dtype))
-        return [room[:, :, :self.decoder.end] for room in kept]
+        return self.keys[:, :, :self.decoder.end], self.values[:, :, :self.decoder.end]
 
     def get_seq_length(self):
         return self.decoder.used
@@ -375,34 +360,12 @@ class Decoder:
         return self.feed(tokens[:, None])
 
 
-def load_tokenizer(path):
-    try:  # tokenizer.json as it stands: AutoTokenizer may rebuild it by model type, and then the ids are others
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    except (OSError, ValueError):
-        return AutoTokenizer.from_pretrained(path)
-
-
 def load_agent(path, device):
-    """(model in float32, tokenizer) from a directory or a Hugging Face id.
-
-    ValueError, in one line: it cannot be loaded, or would be played or scored wrongly (extras/guard.py).
-    """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(device)
-        tokenizer = load_tokenizer(path)
-        importlib.import_module("extras.guard").check_agent(model.eval(), tokenizer)
-    except Exception as error:  # no such directory, no network, a damaged file: each library raises its own
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"model: cannot use {str(path)!r}: {reason}") from None
-    return model, tokenizer
+    """(model in float32, tokenizer) from a directory or a Hugging Face id. ValueError: one line says what is wrong."""
+    return importlib.import_module("extras.guard").load(path, device)
 
 
-@dataclass
-class TokenStats:
-    logprobs: torch.Tensor  # [B, T], of each response token; 0 elsewhere, as are the next two
-    logsumexp: torch.Tensor  # [B, T]
-    entropy: torch.Tensor  # [B, T]
-    hidden: torch.Tensor  # [N, H], the states that predict the N response tokens
+TokenStats = namedtuple("TokenStats", "logprobs logsumexp entropy")  # [B, T] each: of response tokens, 0 elsewhere
 
 
 def states(model, ids, response_mask):
@@ -427,7 +390,7 @@ def score(model, ids, response_mask, temperature=1.0):
     """Statistics of every response token under a Hugging Face model, ids and mask [B, T]; column t is of token t."""
     hidden, weight, bias, targets = states(model, ids, response_mask)
     stats = token_stats(hidden, weight, targets, bias=bias, temperature=temperature)
-    return TokenStats(*(to_tokens(values, response_mask) for values in stats), hidden)
+    return TokenStats(*(to_tokens(values, response_mask) for values in stats))
 
 
 if __name__ == "__main__":

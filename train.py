@@ -17,13 +17,12 @@ the last checkpoint of each arm, from which `--resume` goes on to the same metri
 import copy
 import functools
 import importlib
-import itertools
 import json
 import math
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from torch import nn
 
 import env as environments
 from actfocus import CREDITS, SIGNALS, Credit, Critic, gae, token_logprobs, variance_filter, weighted_policy_loss
-from kernels import logits_by_block, weighted_loss
+from kernels import logits_by_block, token_stats, weighted_loss
 from rollout import Trajectories, load_agent, rollout, score, states, to_tokens
 
 transformers.utils.logging.disable_progress_bar()  # a bar for every loaded file would drown ours
@@ -156,7 +155,6 @@ def score_logits(model, ids, response_mask, old_logprobs, *functions):
     """Each function(logits[n, V], targets[n], old_logprobs[n]) -> [n], of a model's raw logits, as [B, T] tensors."""
     hidden, weight, bias, targets = states(model, ids, response_mask)
     old_logprobs = old_logprobs[response_mask]
-    # By default the signal is the energy: no second pass over the vocabulary.
     made = {function: torch.zeros(len(targets), device=ids.device) for function in functions}
     with torch.autocast(ids.device.type, enabled=False):
         for rows, logits in logits_by_block(hidden, weight, bias):
@@ -260,24 +258,24 @@ class Arm:
 
     def loss(self, part, minibatch):
         """A micro-batch's share of its minibatch's loss -> (loss, hidden[N, H], sums for the log)."""
-        s, mask, tokens = self.settings, part.response_mask, (minibatch.weights > 0).sum().clamp(min=1)
+        s, mask, trained = self.settings, part.response_mask, part.weights > 0
+        n, tokens = trained.sum(), (minibatch.weights > 0).sum().clamp(min=1)
         weight_sum, entropy_coef = self.credit.normaliser(minibatch), s.entropy_coef / tokens
+        hidden, weight, bias, targets = states(self.policy, part.ids, mask)
         if type(self.credit).ratio is Credit.ratio and not s.kl_coef:  # a token's loss is its own: all in one pass
-            hidden, weight, bias, targets = states(self.policy, part.ids, mask)
             loss, stats = weighted_loss(hidden, weight, targets, part.old_logprobs[mask], part.advantages[mask],
                                         part.weights[mask], bias=bias, temperature=s.temperature, clip_low=s.clip_low,
                                         clip_high=s.clip_high, weight_sum=weight_sum, entropy_coef=entropy_coef)
             policy_loss = loss + entropy_coef * stats["entropy"].sum()
         else:
-            new, trained = score(self.policy, part.ids, mask, s.temperature), part.weights > 0
-            logprobs, clip_low, clip_high = self.credit.ratio(new.logprobs, part)
+            made = token_stats(hidden, weight, targets, bias=bias, temperature=s.temperature)  # [N] each
+            new, _, entropy = (to_tokens(values, mask) for values in made)
+            logprobs, clip_low, clip_high = self.credit.ratio(new, part)
             policy_loss, stats = weighted_policy_loss(logprobs, part.old_logprobs, part.advantages, part.weights,
                                                       clip_low=clip_low, clip_high=clip_high, weight_sum=weight_sum)
             # Squared log-ratio / 2: unlike the paper's k1, its gradient on the policy's own samples is the KL's.
-            kl = 0.5 * (new.logprobs - part.ref_logprobs)[trained].square().sum() / tokens
-            loss = policy_loss - entropy_coef * new.entropy[trained].sum() + s.kl_coef * kl
-            hidden = new.hidden
-        n = (part.weights > 0).sum()
+            kl = 0.5 * (new - part.ref_logprobs)[trained].square().sum() / tokens if s.kl_coef else 0.0
+            loss = policy_loss - entropy_coef * entropy[trained].sum() + s.kl_coef * kl
         log = {name: stats[name] * n for name in ("approx_kl", "clip_fraction", "ratio_mean")}
         log |= {"policy_loss": policy_loss.detach(), "n": n}
         if self.critic:

@@ -10,7 +10,6 @@ demonstrations), as an instruction-tuned model does. The shipped ones were taugh
 command gives another agent.
 """
 
-import argparse
 import copy
 import json
 from pathlib import Path

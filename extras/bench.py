@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from env import make
 from extras.agent import tiny_model
+from extras.guard import load_tokenizer
 from kernels import token_stats, weighted_loss
-from rollout import load_tokenizer, rollout
+from rollout import rollout
 from train import AGENTS
 
 

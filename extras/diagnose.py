@@ -25,8 +25,7 @@ from extras.report import described, pyplot
 from extras.runs import write
 from extras.show import agent_at
 from rollout import score
-from train import score_logits
-from train import EVALUATION_SEED
+from train import EVALUATION_SEED, score_logits
 
 
 def ranks(x):

@@ -10,7 +10,7 @@ def describe(played):
             "format_valid": float((played.valid * played.turns).sum() / turns), "turns": turns / len(played),
             "think_tokens": (tokens - action) / turns, "action_tokens": action / turns, "generated_tokens": tokens,
             "action_fraction": action / tokens, "think_nll": -think.mean().item() if len(think) else None,
-            **{name: x.mean().item() for name, x in played.outcome.items()}}
+            **{name: sum(float(x[name]) for x in played.outcome) / len(played) for name in played.outcome[0]}}
 
 
 def measure(batch, totals):

@@ -8,7 +8,7 @@ children; only responses at forked states are trained.
 A2TGPO (arXiv 2605.06200) credits turns with what they add to the belief in the right answer: gain_k = b_k - b_(k-1), b
 the mean log-prob of the gold answer, forced after each turn. A_k = A_outcome + 0.3 * sum_(j >= k) z(gain_j) /
 sqrt(number of terms), without the sum in the last turn, z within (board, turn); the ratio is the turn's geometric mean,
-and its clip range widens with the gain. It needs an environment with a gold answer (`Env.gold`): Sudoku or the shop.
+and its clip range widens with the gain. It needs an environment with a gold answer (a method `gold`): Sudoku or the shop.
 
     python train.py --algos grpo --credits uniform actfocus carl carl+actfocus
     python train.py --algos grpo --env sudoku --minibatch 16 --credits uniform a2tgpo a2tgpo:turn_clip=common
@@ -326,7 +326,7 @@ class A2tgpo(Credit):
 
     def check(self, env):
         super().check(env)
-        if env.gold() is None:
+        if not hasattr(env, "gold"):
             raise ValueError(f"credits: a2tgpo needs an environment with a gold answer: {self.settings.env} has none")
         if self.turn_clip not in ("paper", "common"):
             raise ValueError(f"credits: turn_clip must be paper or common, got {self.turn_clip!r}")

@@ -16,7 +16,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
 
 from actfocus import group_advantages
 from env import draw_boards

@@ -185,8 +185,12 @@ def test_the_copied_loop_scores_as_kernels_does(copied):
     mask = copied["response_mask"]
     torch.testing.assert_close(copied["energy"][mask[:, 1:]], -stats.logsumexp[mask], atol=1e-4, rtol=0)
     torch.testing.assert_close(copied["old_logprobs"][mask[:, 1:]], stats.logprobs[mask], atol=1e-4, rtol=0)
-    names = {**copied, "policy": copied["reference"], "token_stats": kernels.token_stats}
+    names = {**copied, "policy": copied["reference"], "token_stats": kernels.token_stats,
+             "weighted_loss": kernels.weighted_loss}
     exec(snippet("token_stats(hidden"), names)
+    expected, _ = actfocus.weighted_policy_loss(stats.logprobs[:, 1:], stats.logprobs[:, 1:], copied["advantages"],
+                                                copied["weights"])
+    torch.testing.assert_close(names["loss"], expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(names["logprobs"], stats.logprobs[mask], atol=1e-4, rtol=0)
     torch.testing.assert_close(names["logsumexp"], stats.logsumexp[mask], atol=1e-4, rtol=0)
 

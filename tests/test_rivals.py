@@ -480,7 +480,7 @@ def test_gold_answers_solve():
         for action in shop.gold().split(" || "):
             shop.move(shop.read(action))
         assert shop.solved()
-    assert environments.make("sokoban").gold() is None and environments.make("frozenlake").gold() is None
+    assert not hasattr(environments.make("sokoban"), "gold") and not hasattr(environments.make("frozenlake"), "gold")
 
 
 def test_turns_get_their_own_advantage_and_clip_range(agent):

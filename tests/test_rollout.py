@@ -29,9 +29,9 @@ import env as environments
 import extras.agent as taught
 import rollout as sampling
 from env import response
+from extras.guard import check_agent
 from extras.metrics import describe
-from rollout import score
-from rollout import Chat, Decoder, Transcript, load_agent, pack, rollout, sample, sample_turn
+from rollout import Chat, Decoder, Transcript, load_agent, pack, rollout, sample, sample_turn, score
 from train import AGENTS, DEFAULTS, Settings
 
 
@@ -400,14 +400,14 @@ def test_selecting_rows_drops_their_needless_padding(ragged):
 
 
 def tensors(played):
-    return {name: x for name, x in vars(played).items() if isinstance(x, torch.Tensor)} | played.outcome
+    return {name: x for name, x in vars(played).items() if isinstance(x, torch.Tensor)}
 
 
 @pytest.fixture
 def told(ragged):
     """Trajectories with an outcome, notes, and what a credit method has attached."""
     played = copy.copy(ragged)
-    played.outcome, played.notes = {"score": torch.arange(6) / 10}, [f"note {row}" for row in range(6)]
+    played.outcome, played.notes = [{"score": row / 10} for row in range(6)], [f"note {row}" for row in range(6)]
     played.attached, played.scale = played.ids.float() / 7, torch.arange(6)
     return played
 
@@ -424,7 +424,8 @@ def test_rows_are_selected_by_numbers_or_by_a_mask_and_take_everything_along(tol
     part = told.select(rows)
     width = max((int(told.lengths[row]) for row in numbers), default=0)
     assert type(part) is type(told) and len(part) == len(numbers) and part.notes == [f"note {row}" for row in numbers]
-    assert tensors(part).keys() == before.keys() >= {"attached", "scale", "score"}
+    assert part.outcome == [{"score": row / 10} for row in numbers]
+    assert tensors(part).keys() == before.keys() >= {"attached", "scale"}
     for name, x in tensors(part).items():
         expected = [before[name][row] if before[name].dim() == 1 else before[name][row, :width] for row in numbers]
         assert x.dtype == before[name].dtype and x.shape == (len(numbers), *(width,) * (x.dim() - 1))
@@ -465,7 +466,7 @@ def test_the_description_is_counted_by_hand(agent):
     transcripts[0].logprobs = [-2.0 * (k == 0) - 4.0 * (k == 1) for k in transcripts[0].turn_ids]
     transcripts[1].success = True
     played = pack(transcripts)
-    played.outcome = {"score": torch.tensor([0.25, 0.5])}
+    played.outcome = [{"score": 0.25}, {"score": 0.5}]
     # tokens: think The box /think answer Up /answer end, answer end; think /think answer Up /answer end
     expected = {"return": (-0.1 - 0.1 - 0.1) / 2, "success": 0.5, "format_valid": 2 / 3, "turns": 1.5,
                 "think_tokens": 14 / 3, "action_tokens": 2 / 3, "action_fraction": 2 / 16, "generated_tokens": 16,
@@ -495,7 +496,7 @@ def test_a_tokenizer_that_cannot_chat_is_refused(agent, template):
     other = PreTrainedTokenizerFast(tokenizer_object=agent[1].backend_tokenizer, eos_token="<|im_end|>",
                                     chat_template=template)
     with pytest.raises(ValueError, match="chat template"):
-        Chat(other, "").opening("")
+        check_agent(agent[0], other)
 
 
 # Spans

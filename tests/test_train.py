@@ -24,8 +24,7 @@ from actfocus import CREDITS, SIGNALS, Credit, Critic, token_weights
 from extras import runs
 from extras.agent import teach
 from extras.options import SettingsParser
-from rollout import score
-from rollout import Chat, Transcript, load_agent, pack
+from rollout import Chat, Transcript, load_agent, pack, score
 from train import Arm, Settings
 
 ROOT = Path(train.__file__).parent
