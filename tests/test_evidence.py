@@ -5,7 +5,9 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from functools import partial
 from xml.etree import ElementTree
@@ -16,7 +18,7 @@ import torch
 from test_train import BOARDS, BRIEF, RETURNS, arm_of, batch_of, run, strict, trajectories_of, words
 
 from actfocus import SIGNALS, token_weights
-from extras import diagnose, report, show
+from extras import diagnose, gpu, report, show
 from extras.diagnose import gradient_shares, rank_correlation, spearman
 from extras.report import collapse, costs, paired_gain, table
 from extras.runs import ArmFiles, load_checkpoint
@@ -299,3 +301,17 @@ def test_the_table_of_a_finished_run_is_printed_again(trained, monkeypatch, caps
     report.main()
     text = capsys.readouterr().out
     assert "grpo actfocus" in text and "grpo uniform:lr=3e-5" in text and "1 seed proves nothing" in text
+
+
+@pytest.mark.slow
+def test_everything_that_wants_a_gpu_can_be_rehearsed(tmp_path):
+    """Every part runs to its end at toy size, and what it printed and took is in the file."""
+    done = subprocess.run([sys.executable, "-m", "extras.gpu", "--rehearse", "--out", tmp_path], cwd=gpu.ROOT, text=True,
+                          capture_output=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    found = strict((tmp_path / "gpu.json").read_text())
+    assert list(found["parts"]) == list(gpu.PARTS) and found["rehearsal"]
+    for name, part in found["parts"].items():
+        assert part["code"] == 0 and part["printed"], (name, part)
+    assert all(arm["steps"] == 2 and len(arm["success"]) == 2
+               for arm in found["parts"]["default comparison"]["arms"].values())

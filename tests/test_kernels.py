@@ -421,6 +421,23 @@ def test_without_gradients_only_the_numbers_are_made(monkeypatch):
     assert not loss.requires_grad and seen["_slope"] == [] and len(seen["_statistics"]) == 1
 
 
+class Waits(TorchDispatchMode):
+    """How often a number was asked for, which on a GPU waits for all that was launched."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **options or {})
+
+
+def test_the_checks_of_the_loss_wait_once():
+    hidden, weight, _, targets = inputs(23, 50, 16)
+    with Waits() as waits:
+        weighted_loss(hidden, weight, targets, *columns(23), entropy_coef=torch.tensor(0.01), block_tokens=5)
+    assert waits.count == 1
+
+
 def test_a_second_backward_pass_through_the_loss_is_refused():
     hidden, weight, _, targets = inputs(9, 50, 16)
     loss, _ = weighted_loss(hidden, weight, targets, *columns(9))
@@ -624,7 +641,7 @@ def test_a_model_whose_numbers_went_bad_is_named(played, function):
 
 def test_the_benchmark_prints_its_table():
     """Small shapes, one round: every method that is installed has a row, and the gradients are right."""
-    methods = ["token_stats", "full logits", "checkpoint per chunk"]
+    methods = ["weighted_loss", "token_stats", "full logits", "checkpoint per chunk"]
     command = [sys.executable, "kernels.py", "--tokens", "64", "--hidden", "32", "--vocabulary", "500", "--rounds", "1"]
     printed = subprocess.run([*command, "--methods", *methods], capture_output=True, text=True, check=True, cwd=ROOT,
                              env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}).stdout

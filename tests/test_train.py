@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM
 
 import train
-from actfocus import CREDITS, SIGNALS, Credit, Critic, token_weights
+from actfocus import CREDITS, SIGNALS, ActFocus, Credit, Critic, token_weights
 from extras import runs
 from extras.agent import teach
 from extras.options import SettingsParser
@@ -200,13 +200,44 @@ def gradients(algo, credit, micro_batch, **settings):
 
 @pytest.mark.parametrize("algo", ["ppo", "grpo"])
 @pytest.mark.parametrize("credit", ["uniform", "actfocus"])
-def test_micro_batch_size_changes_neither_loss_nor_gradient(algo, credit):
-    whole, expected = gradients(algo, credit, 64, kl_coef=0.1, entropy_coef=0.1)
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_micro_batch_size_changes_neither_loss_nor_gradient(algo, credit, kl_coef):
+    whole, expected = gradients(algo, credit, 64, kl_coef=kl_coef, entropy_coef=0.1)
     for size in (1, 4):
-        parts, actual = gradients(algo, credit, size, kl_coef=0.1, entropy_coef=0.1)
+        parts, actual = gradients(algo, credit, size, kl_coef=kl_coef, entropy_coef=0.1)
         assert parts == pytest.approx(whole, rel=1e-4, abs=1e-5) and len(actual) == len(expected) > 0
         for a, b in zip(actual, expected):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+class OwnRatio(ActFocus):
+    """A token's ratio after all, but the loop cannot know."""
+
+    def ratio(self, logprobs, batch):
+        return super().ratio(logprobs, batch)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_the_loss_in_one_pass_and_by_way_of_the_logprobs_are_one(monkeypatch, algo):
+    """Once the policy has moved, so that some tokens are clipped; every number for the log, and every gradient."""
+    monkeypatch.setitem(CREDITS, "own", OwnRatio)
+    used, made = [], []
+    monkeypatch.setattr(train, "weighted_loss", lambda *x, f=train.weighted_loss, **k: used.append(1) or f(*x, **k))
+    for credit, one_pass in (("actfocus", True), ("own", False)):
+        arm = arm_of(algo, credit, entropy_coef=0.1, temperature=0.8)
+        batch = batch_of(arm)
+        made.append((arm.gradient(moved_batch(arm, batch)), [p.grad for p in arm.policy.parameters()]))
+        assert bool(used) == one_pass
+        used.clear()
+    assert made[0][0] == pytest.approx(made[1][0], rel=1e-4, abs=1e-6) and made[0][0]["clip_fraction"] > 0
+    for a, b in zip(made[0][1], made[1][1]):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def moved_batch(arm, batch):
+    """As if the policy had moved since: other old log-probs."""
+    batch.old_logprobs = batch.old_logprobs + batch.response_mask * 0.3 * torch.sin(torch.arange(batch.ids.shape[1]))
+    return batch
 
 
 @pytest.mark.parametrize("algo", ["ppo", "grpo"])
