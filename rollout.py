@@ -95,9 +95,11 @@ class Chat:
         self.pieces = {}  # id -> its text
         self.opening, self.bridge = cache(self.opening), cache(self.bridge)  # a group's rollouts share much
 
+    def render(self, messages):
+        return self.tokenizer.apply_chat_template(self.system + messages, tokenize=False, add_generation_prompt=True)
+
     def _encode(self, messages, after=None):
-        messages = self.system + messages
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self.render(messages)
         if after is not None:
             text = text[text.index(after) + len(after):]
         return self.tokenizer(text, add_special_tokens=False).input_ids

@@ -1,11 +1,18 @@
-"""How an agent is loaded, and what is looked at before it is accepted: `rollout.load_agent` is this."""
+"""How an agent is loaded, and what is looked at before it is accepted: `rollout.load_agent` is this.
+
+Accepted means right: what is sampled is the model's own distribution, what is scored, too, and the conversation that
+the tokenizer's template renders holds what it should. Whatever differs is refused in one line.
+"""
 
 import torch
 from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from rollout import Chat, score
+from rollout import Chat, Decoder, sample_turn, score
+
+TOLERANCE = 1e-3  # nats, in float32
+LONGEST = 600  # ids: beyond a sliding window, where it is not larger
 
 
 def load_tokenizer(path):
@@ -13,29 +20,6 @@ def load_tokenizer(path):
         return PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError):
         return AutoTokenizer.from_pretrained(path)
-
-
-@torch.no_grad()
-def check_agent(model, tokenizer):
-    """ValueError, in one line, where the chat template does not fit, or where `score` would be wrong."""
-    for module in model.modules():  # with dropout, the policy would be compared with another draw of itself
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if getattr(module, "attention_dropout", 0.0):
-            module.attention_dropout = 0.0
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("model: the tokenizer has no chat template: use an instruction-tuned model")
-    chat = Chat(tokenizer, "")
-    try:
-        chat.opening("")
-    except TemplateError as error:  # some know no system role, say
-        raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from None
-    if chat.text(chat.bridge("", ended=True)).rstrip().endswith("<think>"):
-        raise ValueError("its chat template opens the reasoning itself, so every response would lack the tag")
-    ids = torch.arange(8, device=model.device)[None]  # [1, 8]
-    logsumexp = torch.logsumexp(model(ids).logits.float(), -1)[:, :-1]
-    if not torch.allclose(score(model, ids, ids > 0).logsumexp[:, 1:], logsumexp, atol=1e-2):
-        raise ValueError("its logits are more than its output embedding of the last hidden state")
 
 
 def load(path, device):
@@ -48,3 +32,85 @@ def load(path, device):
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"model: cannot use {str(path)!r}: {reason}") from None
     return model, tokenizer
+
+
+@torch.no_grad()
+def check_agent(model, tokenizer):
+    """ValueError, in one line, where `rollout` or `score` would go wrong with them."""
+    without_noise(model)
+    known, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
+    if known >= rows:
+        raise ValueError(f"its tokenizer has ids up to {known}, its embedding ends at {rows - 1}")
+    if len(model.get_output_embeddings().weight) > rows:
+        raise ValueError("it can say words that its embedding does not know")
+    try:
+        check_template(tokenizer)
+    except TemplateError as error:  # some know no system role, say
+        raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from None
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):  # longer, a text turns the positions of its whole batch otherwise
+        config.max_position_embeddings = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    try:
+        check_numbers(model, tokenizer)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:  # recurrent states, say
+        raise ValueError(f"rollout cannot play it: its cache or its outputs are of another kind ({error})") from None
+
+
+def without_noise(model):
+    """Dropout and jitter off, in training mode, too: the policy would be compared with another draw of itself."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+
+
+def check_template(tokenizer):
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
+    system, said = "Rules: be brief.", "I go left."
+    chat = Chat(tokenizer, system)
+    messages = [{"role": "user", "content": "Begin."}, {"role": "assistant", "content": said},
+                {"role": "user", "content": "Go on."}]
+    opening, bridge = chat.render(messages[:1]), chat.text(chat.bridge("Go on.", ended=True))
+    if opening.count(system) != 1 or system in bridge:
+        raise ValueError("its chat template does not show the system text once, at the start of the conversation")
+    if bridge.rstrip().endswith("<think>"):
+        raise ValueError("its chat template opens the reasoning itself, so every response would lack the tag")
+    if not chat.render(messages).removeprefix(opening).lstrip().startswith(said) or "Begin." not in opening:
+        raise ValueError("its chat template does not open a response as it shows one that was given")
+
+
+def check_numbers(model, tokenizer):
+    """Two ragged turns as `rollout` samples them, and `score` of the batch, beside the model's own forward pass."""
+    config, generator = model.config.get_text_config(), torch.Generator(model.device).manual_seed(0)
+    words, window = len(model.get_output_embeddings().weight), getattr(config, "sliding_window", None) or 0
+    limit = min(LONGEST, (getattr(config, "max_position_embeddings", None) or LONGEST) - 50)
+    draw = lambda n: torch.randint(len(tokenizer), (n,), generator=torch.Generator().manual_seed(n)).tolist()
+    texts = {0: draw(min(limit, max(window, 24) + 12)), 1: draw(min(limit, 7))}
+    decoder, sampled = Decoder(model, 1.0, generator), {0: [], 1: []}
+    for _ in range(2):
+        for row, (ids, logprobs) in sample_turn(decoder, texts, set(range(0, words, 4)), 8).items():
+            sampled[row] += zip(range(len(texts[row]), len(texts[row]) + len(ids)), logprobs)
+            texts[row] = texts[row] + ids + draw(5 - 3 * row)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(x) for x in texts.values()], batch_first=True).to(model.device)
+    mask = torch.arange(ids.shape[1], device=ids.device) < torch.tensor([[len(x)] for x in texts.values()], device=ids.device)
+    mask[:, 0] = False
+    scored = score(model, ids, mask)
+    for row, text in texts.items():
+        ids = torch.tensor([text], device=model.device)
+        plain = model(ids).logits[0, :-1].float()  # [T - 1, V]
+        logprobs = plain.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        if not torch.allclose(scored.logsumexp[row, 1:len(text)], plain.logsumexp(-1), atol=TOLERANCE):
+            raise ValueError("its logits are more than its output embedding of the last hidden state")
+        if not torch.allclose(scored.logprobs[row, 1:len(text)], logprobs, atol=TOLERANCE):
+            raise ValueError("a trajectory's log-probs depend on the others of its batch")
+        places, drawn = zip(*sampled[row])
+        if not torch.allclose(torch.tensor(drawn), logprobs[torch.tensor(places) - 1].cpu(), atol=TOLERANCE):
+            raise ValueError("sampled with a key-value cache, its words have other log-probs than in a forward pass")
+    training = model.train()(ids).logits
+    if not torch.allclose(training, model(ids).logits, atol=TOLERANCE) \
+            or not torch.allclose(training, model.eval()(ids).logits, atol=TOLERANCE):
+        raise ValueError("in training mode it computes other log-probs, or others each time")
