@@ -16,8 +16,7 @@ Symbols, budgets, rewards and the format penalty follow the paper (arXiv 2605.14
 builds on RAGEN. All randomness of an instance comes from its own generator, so `copy.deepcopy(env)` is a full snapshot.
 
 To add an environment, subclass `Env` (instance, move, render, solved, oracle; README.md has an example) and register
-it, `ENVS["name"] = Class`, or name it as "module:Class" wherever a name is asked for. FrozenLake, Sudoku and a web shop
-stand in extras/.
+it, `ENVS["name"] = Class`, or name it as "module:Class" where a name is asked for. Three others stand in extras/.
 """
 
 import pkgutil
@@ -156,8 +155,7 @@ class Env:
         """Play one turn. answer_text: the agent's whole response, tags included; any text is accepted.
 
         -> (observation, reward, terminated, truncated, info); info has `success`, `valid` (no format penalty was paid),
-        `actions` (the ones played) and what `outcome` adds. RuntimeError if the episode is
-        over or was never started.
+        `actions` (the ones played) and what `outcome` adds. RuntimeError if the episode is over or was never started.
         """
         if self._over:
             raise RuntimeError("the episode is over: call reset() first")

@@ -24,7 +24,7 @@ import warnings
 
 import torch
 
-BLOCK_LOGITS = 2**24  # that are held at once: 64 MB
+BLOCK_LOGITS = 2**24  # that a block holds if nothing speaks for more: 64 MB
 COMPILE_FROM = 2**20  # logits of a block below which compiling costs more than it saves
 SMALLEST = -1e4  # log of a probability that is 0 in float32; finite, because 0 * -inf is nan
 MAX_LOG_RATIO = 20.0  # as in actfocus.py
@@ -59,9 +59,9 @@ def _run(function, logits, *arguments):
     global _plain
     if _plain or logits.numel() < COMPILE_FROM:
         return function(logits, *arguments)
-    for x in filter(torch.is_tensor, (logits, *arguments)):
-        torch._dynamo.maybe_mark_dynamic(x, 0)  # the last block has fewer tokens: compile once for all
     try:
+        for x in filter(torch.is_tensor, (logits, *arguments)):
+            torch._dynamo.maybe_mark_dynamic(x, 0)  # the last block has fewer tokens: compile once for all
         with warnings.catch_warnings(action="ignore"):  # the compiler's hints to its own developers
             return _compiled(function)(logits, *arguments)
     except torch.OutOfMemoryError:
@@ -103,11 +103,11 @@ def _one_pass(inputs, targets, temperature, rows=None, coefficients=None, block_
     """
     hidden, weight = _factors(*inputs[:2])
     asked = [coefficients is not None and x is not None and x.requires_grad for x in inputs]
-    at_least = hidden.shape[1] // 3 if asked[1] else 1  # a third of the weight's gradient again is worth the speed
+    at_least = hidden.shape[1] // 3 if asked[1] else 1  # larger blocks are faster: a third of the gradient's memory
     numbers = torch.zeros(3, len(targets), device=targets.device)
     sums = [torch.zeros_like(x, dtype=torch.float32) if asks else None for x, asks in zip(inputs, asked)]
     with torch.autocast(targets.device.type, enabled=False):  # it would turn the float32 products into half precision
-        for part, logits in logits_by_block(*inputs, rows, block_tokens, at_least):
+        for part, logits in logits_by_block(hidden, weight, inputs[2], rows, block_tokens, at_least):
             *found, top, log_sum = _run(_statistics, logits, targets[part], temperature)
             numbers[:, part] = torch.stack(found)
             if any(asked):
@@ -148,10 +148,10 @@ def _check(hidden, weight, targets, bias, temperature, clip_low=0.0, clip_high=0
 
 
 def token_stats(hidden, weight, targets, *, bias=None, temperature=1.0):
-    """(logprobs[N], logsumexp[N], entropy[N]), float32 nats, of hidden @ weight.T + bias, never holding [N, V].
+    """(logprobs[N], logsumexp[N], entropy[N]), float32 nats, of hidden @ weight.T + bias, a block of tokens at a time.
 
-    hidden[N, H], weight[V, H], targets[N] integer, bias[V] or None; any float dtype, computed in float32. logprobs and
-    entropy are at `temperature` and carry gradients to hidden, weight and bias; logsumexp is that of the raw logits
+    hidden[N, H], weight[V, H], targets[N] integer, bias[V] or None; any float dtype, the logits are float32. logprobs
+    and entropy are at `temperature` and carry gradients to hidden, weight and bias; logsumexp is that of the raw logits
     whatever the temperature, and carries none: the energy of token n is -logsumexp[n].
     ValueError: shapes that do not fit, a target outside [0, V), a temperature that is not positive.
     """
@@ -173,10 +173,10 @@ def weighted_loss(hidden, weight, targets, old_logprobs, advantages, weights, *,
     """actfocus.weighted_policy_loss of token_stats' log-probs, in one pass -> (loss, stats).
 
     loss = -(1 / weight_sum) sum_t w_t min(rho_t A_t, clip(rho_t) A_t) - entropy_coef * sum of the entropies of tokens
-    with w_t > 0. Arguments as there, the last three [N]; where a weight is 0 nothing is read or computed. weight_sum:
-    the whole minibatch's, where this is a part of it. block_tokens: that many tokens' logits are held at once; fewer
-    need less memory and more time. stats: as there, and logprobs[N], entropy[N], 0 where the weight is. There can be
-    but one backward pass: it hands the gradients out. ValueError: as there, but for log-probs that are not finite.
+    with w_t > 0. Arguments as there, but clip_low and clip_high are numbers, and what is [B, T] is [N]; where a weight
+    is 0 nothing is read or computed. weight_sum: the whole minibatch's, where this is a part. block_tokens: how many
+    tokens' logits are held at once; fewer: less memory, more time. stats: as there, and logprobs[N], entropy[N]. There
+    can be but one backward pass: it hands the gradients out. ValueError: as there, but for log-probs not finite.
     """
     _check(hidden, weight, targets, bias, temperature, clip_low, clip_high, (old_logprobs, advantages, weights))
     old_logprobs, advantages, weights = (x.detach().float() for x in (old_logprobs, advantages, weights))
@@ -205,8 +205,8 @@ def weighted_loss(hidden, weight, targets, old_logprobs, advantages, weights, *,
     def backward(_, d_loss):
         if not gradients:
             raise RuntimeError("weighted_loss gives its gradients once: call it again for a second backward pass")
-        scaled = d_loss.is_cuda or d_loss != 1  # after the call
-        return [d.mul_(d_loss) if scaled and d is not None else d for d in map(gradients.pop, [0] * 3)]
+        given, gradients[:] = gradients.copy(), []  # held by nothing else, they become .grad without a copy
+        return given if not d_loss.is_cuda and d_loss == 1 else [None if d is None else d.mul_(d_loss) for d in given]
     log_ratio, ratio, clipped, least = objective(rows, logprobs[rows])
     loss = -(weights[rows] * least).sum() / total - entropy_coef * entropy.sum()
     mean = lambda x: x.sum() / max(1, len(rows))

@@ -1,8 +1,7 @@
 """Multi-turn sampling: a causal language model plays many text environments at once.
 
-Token in, token out: the ids that the model sampled are the ids that are trained on. They are never decoded and
-tokenised again; text is made from them only for the environment to read. One key-value cache lives through all turns,
-so a turn costs its own tokens, not the conversation's.
+Token in, token out: the ids that were sampled are trained on, never decoded and tokenised again; text is made of them
+only for the environment. One key-value cache lives through all turns: a turn costs its own tokens alone.
 
     trajectories = rollout(model, tokenizer, envs, seeds=range(128), temperature=1.0, max_response_tokens=100,
                            generator=torch.Generator().manual_seed(0))
@@ -228,8 +227,7 @@ def begin(model, tokenizer, envs, seeds, max_response_tokens, max_context=None, 
     stop_ids = {*(also if isinstance(also, list) else [also])} - {None}
     max_context = max_context or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     chats = {env.system_prompt: Chat(tokenizer, env.system_prompt, stop_ids) for env in envs}
-    return [transcript(chats[env.system_prompt], env, seed, max_context, max_response_tokens)
-            for env, seed in zip(envs, seeds)]
+    return [transcript(chats[e.system_prompt], e, s, max_context, max_response_tokens) for e, s in zip(envs, seeds)]
 
 
 @torch.no_grad()
@@ -240,15 +238,17 @@ def play(model, transcripts, temperature, max_response_tokens, generator):
     was_training = model.training
     model.eval()
     try:
-        on_gpu = model.device.type == "cuda"
-        kind = importlib.import_module("extras.captured").CapturedDecoder if on_gpu else Decoder
-        decoder, playing = kind(model, temperature, generator), range(len(transcripts))
+        decoder, playing = decoder_for(model)(model, temperature, generator), range(len(transcripts))
         while playing:
             texts = {row: transcripts[row].ids for row in playing}
             responses = sample_turn(decoder, texts, transcripts[0].chat.stop_ids, max_response_tokens)
             playing = [row for row in playing if transcripts[row].respond(*responses[row])]
     finally:
         model.train(was_training)
+
+
+def decoder_for(model):
+    return importlib.import_module("extras.captured").CapturedDecoder if model.device.type == "cuda" else Decoder
 
 
 def sample(logits, temperature, generator):
@@ -327,7 +327,7 @@ class Decoder:
     def begin(self, texts, room):
         """Feed what is new of each text, {row: all its ids}, with room for more -> a token to follow, its log-prob.
 
-        Where one row has more new ids than another, the other's last ones are fed again: nothing in between is padding.
+        Where one row has 9 new ids and another 4, the last 9 of both are fed: the cache never holds padding in between.
         """
         device, rows = self.model.device, list(texts)
         lengths = torch.tensor([len(texts[row]) for row in rows], device=device)

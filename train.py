@@ -262,12 +262,12 @@ class Arm:
         n, tokens = trained.sum(), (minibatch.weights > 0).sum().clamp(min=1)
         weight_sum, entropy_coef = self.credit.normaliser(minibatch), s.entropy_coef / tokens
         hidden, weight, bias, targets = states(self.policy, part.ids, mask)
-        if type(self.credit).ratio is Credit.ratio and not s.kl_coef:  # a token's loss is its own: all in one pass
+        if type(self.credit).ratio is Credit.ratio and not s.kl_coef:  # all in one pass
             loss, stats = weighted_loss(hidden, weight, targets, part.old_logprobs[mask], part.advantages[mask],
                                         part.weights[mask], bias=bias, temperature=s.temperature, clip_low=s.clip_low,
                                         clip_high=s.clip_high, weight_sum=weight_sum, entropy_coef=entropy_coef)
             policy_loss = loss + entropy_coef * stats["entropy"].sum()
-        else:
+        else:  # a ratio of several tokens, or a second loss
             made = token_stats(hidden, weight, targets, bias=bias, temperature=s.temperature)  # [N] each
             new, _, entropy = (to_tokens(values, mask) for values in made)
             logprobs, clip_low, clip_high = self.credit.ratio(new, part)
@@ -276,8 +276,8 @@ class Arm:
             # Squared log-ratio / 2: unlike the paper's k1, its gradient on the policy's own samples is the KL's.
             kl = 0.5 * (new - part.ref_logprobs)[trained].square().sum() / tokens if s.kl_coef else 0.0
             loss = policy_loss - entropy_coef * entropy[trained].sum() + s.kl_coef * kl
-        log = {name: stats[name] * n for name in ("approx_kl", "clip_fraction", "ratio_mean")}
-        log |= {"policy_loss": policy_loss.detach(), "n": n}
+        log = {"policy_loss": policy_loss.detach(), "n": n}
+        log |= {name: stats[name] * n for name in ("approx_kl", "clip_fraction", "ratio_mean")}
         if self.critic:
             values, old, target = self.critic(part.ids, part.response_mask), part.old_values, part.value_targets
             clipped = old + (values - old).clamp(-VALUE_CLIP, VALUE_CLIP)

@@ -27,11 +27,14 @@ class CapturedDecoder(Decoder):
     def step(self, tokens):
         if self.graph is None:
             used, self.ids, self.end = self.used, tokens[:, None].clone(), self.mask.shape[1]
-            self.used = self.columns = torch.tensor([used], device=tokens.device)
+            self.used = self.columns = torch.tensor([used], device=tokens.device)  # one tensor: replays move it on
             try:
                 self.graph = self.capture(self.forward_and_on)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # a forward pass that looks at its numbers, as some mixtures of experts do
-                self.capture(self.columns.zero_)  # else the generators believe that they are still being captured
+                # A capture that ends well: else the generators believe that the failed one goes on.
+                self.capture(self.columns.zero_)
                 self.used, self.step = used, super().step
                 return self.step(tokens)
         self.graph.replay()

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from rollout import Chat, Decoder, sample_turn, score
+from rollout import Chat, decoder_for, sample_turn, score
 
 TOLERANCE = 1e-3  # nats, in float32
 LONGEST = 600  # ids: beyond a sliding window, where it is not larger
@@ -49,7 +49,7 @@ def check_agent(model, tokenizer):
         raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from None
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):  # longer, a text turns the positions of its whole batch otherwise
+    if rope.get("rope_type") in ("longrope", "dynamic"):  # a longer text changes its batch's rotations
         config.max_position_embeddings = rope.get("original_max_position_embeddings", config.max_position_embeddings)
     try:
         check_numbers(model, tokenizer)
@@ -90,7 +90,7 @@ def check_numbers(model, tokenizer):
     limit = min(LONGEST, (getattr(config, "max_position_embeddings", None) or LONGEST) - 50)
     draw = lambda n: torch.randint(len(tokenizer), (n,), generator=torch.Generator().manual_seed(n)).tolist()
     texts = {0: draw(min(limit, max(window, 24) + 12)), 1: draw(min(limit, 7))}
-    decoder, sampled = Decoder(model, 1.0, generator), {0: [], 1: []}
+    decoder, sampled = decoder_for(model)(model, 1.0, generator), {0: [], 1: []}
     for _ in range(2):
         for row, (ids, logprobs) in sample_turn(decoder, texts, set(range(0, words, 4)), 8).items():
             sampled[row] += zip(range(len(texts[row]), len(texts[row]) + len(ids)), logprobs)

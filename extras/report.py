@@ -160,7 +160,9 @@ def table(summary):
         rows.append((f"{algo} {credit}", *(shown(arms, head, width=5) for head in heads), gain))
         if rivals and credit == "actfocus":
             won = "ahead of" if mean > 0 else "behind" if mean < 0 else "level with"
-            verdicts.append(f"{algo}: ActFocus ends {abs(mean):.1f} points {won} uniform, ahead in {ahead} seeds")
+            learnt = all(any(arm.get("updated_tokens", 1) for arm in either) for either in (arms, rivals))
+            verdicts.append(f"{algo}: ActFocus ends {abs(mean):.1f} points {won} uniform, ahead in {ahead} seeds" if learnt
+                            else f"{algo}: no comparison, an arm made no update")
     verdicts += [f"{a['algo']} {a['credit']} seed {a['seed']} collapsed by step {a['collapsed_at']}: under 10 % valid responses"
                  for a in summary["arms"] if a.get("collapsed_at") is not None]
     if len(seeds) < 3:

@@ -213,10 +213,22 @@ def run_arms(train_arm, settings, arms, report):
             process.kill()
 
 
+def hint(line, idle):
+    """What a user should know at once about a line of the log, or None. idle: {arm: steps in a row without an update}."""
+    arm = f"{line['algo']} {line['credit']} seed {line['seed']}"
+    if line["step"] == 0 and line["eval_format_valid"] == 0:
+        return ("not one response has the form <think>...</think><answer>...</answer> with a known action, so all "
+                "returns are alike and nothing can be learnt. Fine-tune the model on a few demonstrations first "
+                "(extras/agent.py makes them: `demonstrations`)")
+    idle[arm] = 0 if line.get("updates", 1) else idle[arm] + 1
+    if idle[arm] == 3:
+        return f"{arm}: three steps without an update: in none did a group's rollouts differ in their return"
+
+
 def compare(train_arm, settings, agent):
     """Train all arms, or what is left of them, and write the output directory."""
     from extras.report import conclude  # here, because it writes with `write`
-    out, started, s = Path(settings.out), time.perf_counter(), settings
+    out, started, s, idle, said = Path(settings.out), time.perf_counter(), settings, Counter(), set()
     arms = [(algo, credit, seed) for seed in s.seeds for algo in s.algos for credit in s.credits]
     shown = {name: f"eval_{name}" for name in s.make_env().reset(seed=0)[1]} | {"valid": "eval_format_valid"}
     with tqdm(total=len(arms) * (s.steps + 1), desc=f"{len(arms)} arms", unit="step", smoothing=0.05) as bar, \
@@ -224,6 +236,9 @@ def compare(train_arm, settings, agent):
         def report(line):
             file.write(json.dumps(line) + "\n")
             file.flush()
+            if (words := hint(line, idle)) and words not in said:  # all arms start from one agent
+                said.add(words)
+                bar.write(words)
             if "eval_success" in line:
                 bar.write(f"{line['algo']:<4} {line['credit']:<8} seed {line['seed']}  step {line['step']:>3}  "
                           + "  ".join(f"{name} {100 * line[key]:5.1f} %" for name, key in shown.items()))

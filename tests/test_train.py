@@ -557,6 +557,16 @@ def test_an_instruct_model_runs_from_its_directory(tmp_path, instruct_model, mon
     assert len(lines) == 4 and all(0 <= line["success"] <= 1 for line in lines if line["step"])
 
 
+def test_a_run_in_which_nothing_can_be_learnt_says_so_and_compares_nothing(tmp_path, instruct_model):
+    """An untrained model: no response of the right form, no update in three steps."""
+    code, output, error = run("--out", tmp_path, *BRIEF, "--model", instruct_model, "--algos", "grpo", "--steps", "3",
+                              "--prompts", "1", "--max-response-tokens", "10")
+    assert code == 0, error
+    assert output.count("nothing can be learnt") == 1 and "level" not in output
+    assert "grpo actfocus seed 0: three steps without an update" in output
+    assert "grpo: no comparison, an arm made no update" in output
+
+
 def test_a_run_of_no_steps_evaluates_the_agent(tmp_path):
     code, output, error = run("--out", tmp_path, *BRIEF, "--steps", "0", "--algos", "grpo")
     assert code == 0 and [line["step"] for line in metrics(tmp_path)] == [0, 0], error
