@@ -213,8 +213,8 @@ def rollouts(arguments=None):
     # In half precision, cuDNN's attention would take generate ten times as long: it makes a plan for every length.
     fair = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     for turns in options.turns:
-        envs = [make("sokoban", walls=0, observation="coordinates", max_turns=turns, max_actions=2 * turns, max_moves=4)
-                for _ in range(options.batch)]
+        budgets = dict(max_turns=turns, max_actions=2 * turns, max_moves=min(4, 2 * turns))
+        envs = [make("sokoban", walls=0, observation="coordinates", **budgets) for _ in range(options.batch)]
         shared, runs = dict(seeds=range(options.batch), temperature=1.0, max_response_tokens=options.tokens), []
         for turn in range(options.rounds + 1):  # the first warms up
             torch.manual_seed(turn)

@@ -4,6 +4,8 @@ Accepted means right: what is sampled is the model's own distribution, what is s
 the tokenizer's template renders holds what it should. Whatever differs is refused in one line.
 """
 
+from pathlib import Path
+
 import torch
 from jinja2 import TemplateError
 from torch import nn
@@ -25,6 +27,8 @@ def load_tokenizer(path):
 def load(path, device):
     """What rollout.load_agent promises."""
     try:
+        if Path(path).is_absolute() and not Path(path).is_dir():
+            raise ValueError("no such directory")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(device)
         tokenizer = load_tokenizer(path)
         check_agent(model.eval(), tokenizer)

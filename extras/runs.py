@@ -204,6 +204,7 @@ def run_arms(train_arm, settings, arms, report):
                 future.result()  # raises what the arm raised
             if received:
                 stop.set()
+        pool.shutdown()  # all is done: let the workers end by themselves, and clean up
     except BrokenProcessPool:
         if not received:  # else the signal reached a process that was still starting
             raise ValueError("a training process ended without a word: was it killed, for want of memory?") from None
