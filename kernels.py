@@ -87,9 +87,9 @@ def logits_by_block(hidden, weight, bias=None, rows=None, block_tokens=None, at_
     """Yield (rows[n], their logits[n, V] in float32), a block of tokens at a time; the next block overwrites them."""
     rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
     at_least = hidden.shape[1] if hidden.is_cuda else at_least  # a GPU wants large products
-    size = block_tokens or max(at_least, BLOCK_LOGITS // len(weight), 1)
+    size = max(1, block_tokens or max(at_least, BLOCK_LOGITS // len(weight)))
     hidden, weight = _factors(hidden, weight)
-    buffer = torch.empty(min(size, len(rows)), len(weight), device=hidden.device)
+    buffer = torch.empty(min(size, len(rows)), len(weight), device=hidden.device, dtype=torch.float32)
     for part in rows.split(size):
         logits = _in_float32(torch.mm, hidden[part], weight.T, out=buffer[:len(part)])
         yield part, logits if bias is None else logits.add_(bias)
@@ -97,14 +97,13 @@ def logits_by_block(hidden, weight, bias=None, rows=None, block_tokens=None, at_
 
 @torch.no_grad()
 def _one_pass(inputs, targets, temperature, rows=None, coefficients=None, block_tokens=None):
-    """Tokens at `rows` -> (logprob, logsumexp, entropy) [N] each, and the gradients of hidden, weight, bias.
-
-    coefficients(rows, logprob) -> (a, e) of equation (1), [n] all. None: no gradients.
+    """Tokens at `rows` -> (logprob, logsumexp, entropy) [N] each, and float32 gradients of hidden, weight, bias, where
+    they ask and there are coefficients(rows, logprob) -> (a, e) of equation (1), [n] all.
     """
     hidden, weight = _factors(*inputs[:2])
     asked = [coefficients is not None and x is not None and x.requires_grad for x in inputs]
     at_least = hidden.shape[1] // 3 if asked[1] else 1  # larger blocks are faster: a third of the gradient's memory
-    numbers = torch.zeros(3, len(targets), device=targets.device)
+    numbers = torch.zeros(3, len(targets), device=targets.device, dtype=torch.float32)
     sums = [torch.zeros_like(x, dtype=torch.float32) if asks else None for x, asks in zip(inputs, asked)]
     with torch.autocast(targets.device.type, enabled=False):  # it would turn the float32 products into half precision
         for part, logits in logits_by_block(hidden, weight, inputs[2], rows, block_tokens, at_least):
@@ -119,7 +118,7 @@ def _one_pass(inputs, targets, temperature, rows=None, coefficients=None, block_
                     _in_float32(torch.addmm, d_weight, slope.T, hidden[part], out=d_weight)
                 if d_bias is not None:
                     d_bias += slope.sum(0)
-    return [x.clone() for x in numbers], [None if d is None else d.to(x.dtype) for d, x in zip(sums, inputs)]
+    return [x.clone() for x in numbers], sums  # autograd casts them, after a loss that was scaled has scaled them
 
 
 class _Given(torch.autograd.Function):
@@ -143,7 +142,7 @@ def _check(hidden, weight, targets, bias, temperature, clip_low=0.0, clip_high=0
     if not fits or targets.is_floating_point() or targets.dtype == torch.bool:
         got = [(x.dtype, *x.shape) for x in (hidden, weight, targets, bias, *columns) if x is not None]
         raise ValueError(f"need hidden [N, H], weight [V, H], integer targets [N], bias [V], the others [N], got {got}")
-    if not (0 < temperature < float("inf") and 0 <= clip_low <= 1 and 0 <= clip_high < float("inf")):
+    if not (0 < temperature < float("inf") and 0 <= clip_low <= 1 and clip_high >= 0):
         raise ValueError(f"need {temperature=} above 0, {clip_low=} in [0, 1], {clip_high=} of 0 or more")
 
 
@@ -176,13 +175,14 @@ def weighted_loss(hidden, weight, targets, old_logprobs, advantages, weights, *,
     with w_t > 0. Arguments as there, but clip_low and clip_high are numbers, and what is [B, T] is [N]; where a weight
     is 0 nothing is read or computed. weight_sum: the whole minibatch's, where this is a part. block_tokens: how many
     tokens' logits are held at once; fewer: less memory, more time. stats: as there, and logprobs[N], entropy[N]. There
-    can be but one backward pass: it hands the gradients out. ValueError: as there, but for log-probs not finite.
+    can be but one backward pass: it hands the gradients out. ValueError: as there; if a log-prob is not finite: nan.
     """
     _check(hidden, weight, targets, bias, temperature, clip_low, clip_high, (old_logprobs, advantages, weights))
     old_logprobs, advantages, weights = (x.detach().float() for x in (old_logprobs, advantages, weights))
-    total = weights.sum() if weight_sum is None else torch.as_tensor(weight_sum, device=weights.device).detach()
+    total = weights.sum() if weight_sum is None else torch.as_tensor(weight_sum, device=weights.device).detach().float()
     active = weights != 0  # below, all checks together wait for a GPU once
-    right = (weights > 0) & (targets >= 0) & (targets < len(weight)) & (old_logprobs + advantages + weights).isfinite()
+    right = (weights > 0) & (targets >= 0) & (targets < len(weight)) & weights.isfinite()
+    right &= old_logprobs.isfinite() & advantages.isfinite()
     if not ((right | ~active).all() & total.isfinite() & ((total > 0) | (total == 0) & ~active.any())):
         raise ValueError("where weights are not 0, they must be positive, targets in [0, V), old_logprobs and "
                          "advantages finite; weight_sum must be the sum of the minibatch's weights")
@@ -208,7 +208,7 @@ def weighted_loss(hidden, weight, targets, old_logprobs, advantages, weights, *,
         given, gradients[:] = gradients.copy(), []  # held by nothing else, they become .grad without a copy
         return given if not d_loss.is_cuda and d_loss == 1 else [None if d is None else d.mul_(d_loss) for d in given]
     log_ratio, ratio, clipped, least = objective(rows, logprobs[rows])
-    loss = -(weights[rows] * least).sum() / total - entropy_coef * entropy.sum()
+    loss = -(weights[rows] * least).sum() / total - entropy_coef * entropy.sum() + 0 * logprobs.sum()  # inf * 0 is nan
     mean = lambda x: x.sum() / max(1, len(rows))
     stats = {"approx_kl": mean(ratio - 1 - log_ratio), "clip_fraction": mean(ratio != clipped),
              "ratio_mean": mean(ratio), "logprobs": logprobs, "entropy": entropy}

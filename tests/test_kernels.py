@@ -421,6 +421,34 @@ def test_without_gradients_only_the_numbers_are_made(monkeypatch):
     assert not loss.requires_grad and seen["_slope"] == [] and len(seen["_statistics"]) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(dtype):
+    try:
+        torch.set_default_dtype(dtype)
+        compare_loss(*inputs(9, 50, 16), entropy_coef=0.01)
+        compare(*inputs(9, 50, 16))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_scaled_loss_rescues_gradients_that_float16_cannot_hold():
+    hidden, weight, _, targets = inputs(9, 50, 16, torch.float16)
+    loss, _ = weighted_loss(hidden, weight, targets, -4 * torch.ones(9), torch.ones(9), torch.ones(9), weight_sum=1e6)
+    (65536 * loss).backward()
+    assert weight.grad.abs().max() > 1e-3
+
+
+def test_a_stray_ratio_moves_nothing_and_an_impossible_word_makes_the_loss_nan():
+    """As in weighted_policy_loss, whose log-ratios are clamped."""
+    hidden, weight, _, targets = inputs(3, 50, 16)
+    old, advantages = torch.tensor([-60.0, -4.0, -4.0]), torch.tensor([-1.0, 0.0, 0.0])
+    weighted_loss(hidden, weight, targets, old, advantages, torch.ones(3))[0].backward()
+    assert not hidden.grad.any()
+    bias = torch.zeros(50).index_fill(0, targets[:1], -float("inf"))
+    loss, stats = weighted_loss(hidden, weight, targets, old, advantages, torch.ones(3), bias=bias)
+    assert stats["logprobs"][0] == -float("inf") and torch.isnan(loss)
+
+
 class Waits(TorchDispatchMode):
     """How often a number was asked for, which on a GPU waits for all that was launched."""
 
@@ -461,7 +489,8 @@ def test_the_weights_gradient_is_handed_out_without_a_copy(monkeypatch):
 
 
 @pytest.mark.parametrize("change", [
-    {"targets": torch.tensor([0, 50])}, {"weights": torch.tensor([1.0, -1.0])}, {"weights": torch.tensor([1.0, float("nan")])},
+    {"targets": torch.tensor([0, 50])}, {"weights": torch.tensor([2.0, -1.0])},
+    {"weights": torch.tensor([1.0, float("inf")]), "weight_sum": 1.0}, {"weights": torch.tensor([1.0, float("nan")])},
     {"advantages": torch.tensor([0.0, float("inf")])}, {"old_logprobs": torch.tensor([float("nan"), 0.0])},
     {"weights": torch.ones(3)}, {"old_logprobs": torch.zeros(2, 1)}, {"weight_sum": 0.0}, {"weight_sum": -1.0},
     {"weight_sum": float("nan")}, {"clip_low": 1.5}, {"clip_low": -0.1}, {"clip_high": -0.1}, {"temperature": 0.0},

@@ -120,6 +120,8 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
      "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n", "system text once"),
     (CHATML.split("{% if add")[0], "does not open a response"),
     (CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), "opens the reasoning"),
+    (CHATML.replace("{{ m.content }}", "{{ m.content }}{% if loop.first %} {{ m.content }}{% endif %}"), "system text once"),
+    (CHATML.replace("assistant\n{% endif", "user\n{% endif"), "does not open a response"),
     ("{{ raise_exception('no system role') }}", "refuses the conversation"), (None, "no chat template")])
 def test_the_rendered_conversation_is_looked_at(template, words, tokenizer):
     before, tokenizer.chat_template = tokenizer.chat_template, template
@@ -131,3 +133,45 @@ def test_the_rendered_conversation_is_looked_at(template, words, tokenizer):
                 guard.check_agent(tiny("llama", tokenizer), tokenizer)
     finally:
         tokenizer.chat_template = before
+
+
+def scored_otherwise(*arguments):
+    stats = score(*arguments)
+    return stats._replace(logprobs=stats.logprobs + 0.01)
+
+
+def sampled_otherwise(*arguments, original=guard.sample_turn):
+    return {row: (ids, [x + 0.01 for x in logprobs]) for row, (ids, logprobs) in original(*arguments).items()}
+
+
+def noisy(model):
+    model.model.norm.register_forward_hook(lambda module, _, out: out + 0.1 * torch.randn_like(out) * module.training)
+
+
+def shifted(model):
+    model.model.norm.register_forward_hook(lambda module, _, out: out * (1 + 0.1 * module.training))
+
+
+def talkative(model):
+    model.lm_head = torch.nn.Linear(32, model.config.vocab_size + 3, bias=False)
+
+
+@pytest.mark.parametrize("change, patched, words", [
+    (None, ("score", scored_otherwise), "depend on the others"), (None, ("sample_turn", sampled_otherwise), "key-value cache"),
+    (noisy, None, "training mode"), (shifted, None, "training mode"), (talkative, None, "embedding does not know")])
+def test_each_way_of_going_wrong_is_named(change, patched, words, tokenizer, monkeypatch):
+    model = tiny("llama", tokenizer)
+    guard.check_agent(model, tokenizer)
+    if change:
+        change(model)
+    if patched:
+        monkeypatch.setattr(guard, *patched)
+    with pytest.raises(ValueError, match=words):
+        guard.check_agent(model, tokenizer)
+
+
+def test_the_embedding_may_end_with_the_tokenizers_last_word_and_not_before(tokenizer):
+    last = max(tokenizer.get_vocab().values())
+    guard.check_agent(tiny("llama", tokenizer, vocab_size=last + 1), tokenizer)
+    with pytest.raises(ValueError, match="embedding ends"):
+        guard.check_agent(tiny("llama", tokenizer, vocab_size=last), tokenizer)

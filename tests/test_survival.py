@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -765,3 +766,12 @@ def test_the_last_arm_of_a_resumed_run_has_the_threads_that_it_had(tmp_path):
         path.unlink()
     subprocess.run([*command, "--resume"], cwd=ROOT, env=several, check=True, timeout=170)
     assert metrics(tmp_path) == before
+
+
+def test_three_steps_without_an_update_are_said_once_an_arm():
+    idle, line = Counter(), {"algo": "grpo", "credit": "uniform", "seed": 0, "eval_format_valid": 0.5}
+    said = [bool(runs.hint(line | {"step": step, "updates": updates}, idle))
+            for step, updates in enumerate([0, 0, 1, 0, 0, 0, 0], 1)]
+    assert said == [False, False, False, False, False, True, False]
+    assert runs.hint(line | {"step": 0}, Counter()) is None
+    assert "nothing can be learnt" in runs.hint(line | {"step": 0, "eval_format_valid": 0.0}, Counter())
