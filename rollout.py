@@ -135,11 +135,11 @@ class Chat:
     def actions(self, ids):
         """Which of a response's ids hold a character strictly between <answer> and </answer>."""
         marks, text = [False] * len(ids), self.text(ids)
-        for match in ANSWER.finditer(text):
-            if match[1]:
-                starts, ends = zip(*self.spans(ids, text))
-                first, last = bisect_right(ends, match.start(1)), bisect_left(starts, match.end(1))
-                marks[first:last] = [True] * (last - first)
+        inside = [match.span(1) for match in ANSWER.finditer(text) if match[1]]
+        starts, ends = zip(*self.spans(ids, text)) if inside else ((), ())
+        for start, end in inside:
+            first, last = bisect_right(ends, start), bisect_left(starts, end)
+            marks[first:last] = [True] * (last - first)
         return marks
 
 

@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from env import make
 from extras.agent import tiny_model
+from extras.captured import ATTENTION, CapturedDecoder
 from extras.guard import load_tokenizer
 from kernels import token_stats, weighted_loss
 from rollout import rollout
@@ -181,12 +182,11 @@ def rollout_by_generate(model, tokenizer, envs, *, seeds, temperature, max_respo
     return generated
 
 
-def replayed_step(model, tokenizer, width, room):
-    """Seconds of a decode step of 128 rows with `width` ids each, replayed on a GPU: nothing waits for Python."""
-    from extras.captured import CapturedDecoder
+def replayed_step(model, rows, width, room):
+    """Seconds of a decode step of `rows` texts with `width` ids each, replayed on a GPU: nothing waits for Python."""
     with torch.no_grad():
         decoder = CapturedDecoder(model, 1.0, None)
-        tokens, _ = decoder.begin({row: [5] * width for row in range(128)}, room)
+        tokens, _ = decoder.begin({row: [5] * width for row in range(rows)}, room)
         decoder.step(tokens)
         if decoder.graph is None:
             return float("nan")
@@ -210,8 +210,6 @@ def rollouts(arguments=None):
     model = tiny_model(tokenizer, width=options.width, layers=options.layers, heads=max(1, options.width // 16))
     model.resize_token_embeddings(max(options.vocabulary, len(tokenizer)), mean_resizing=False)
     model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-    # In half precision, cuDNN's attention would take generate ten times as long: it makes a plan for every length.
-    fair = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     for turns in options.turns:
         budgets = dict(max_turns=turns, max_actions=2 * turns, max_moves=min(4, 2 * turns))
         envs = [make("sokoban", walls=0, observation="coordinates", **budgets) for _ in range(options.batch)]
@@ -221,14 +219,15 @@ def rollouts(arguments=None):
             started = time.perf_counter()
             played = rollout(model, tokenizer, envs, **shared, generator=torch.Generator(device).manual_seed(turn))
             middle = time.perf_counter()
-            with sdpa_kernel(fair):
+            with sdpa_kernel(ATTENTION):  # the same choice for both
                 generated = rollout_by_generate(model, tokenizer, envs, **shared)
             runs.append((int(played.response_mask.sum()) / (middle - started), generated / (time.perf_counter() - middle)))
-        ours, theirs = zip(*runs[1:])
-        alone = options.batch / replayed_step(model, tokenizer, int(played.lengths.max()) // 2, options.tokens) \
+        all_ours = [x for x, _ in runs[1:]]
+        ours, theirs = (statistics.median(x) for x in zip(*runs[1:]))
+        alone = options.batch / replayed_step(model, options.batch, int(played.lengths.max()) // 2, options.tokens) \
             if device.type == "cuda" else float("nan")
-        print(f"| {turns} | {statistics.median(ours):.0f} | {min(ours):.0f}-{max(ours):.0f} | {statistics.median(theirs):.0f} | "
-              f"{statistics.median(ours) / statistics.median(theirs):.1f} | {alone:.0f} |", flush=True)
+        print(f"| {turns} | {ours:.0f} | {min(all_ours):.0f}-{max(all_ours):.0f} | {theirs:.0f} | {ours / theirs:.1f} | "
+              f"{alone:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

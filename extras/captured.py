@@ -11,6 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rollout import Decoder
 
+# Not cuDNN's attention: for every length of the cache it makes a plan, which takes ten times the step itself.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
 
 class CapturedDecoder(Decoder):
     graph = None
@@ -20,8 +23,7 @@ class CapturedDecoder(Decoder):
         return super().begin(texts, room)
 
     def forward(self, ids):
-        # Not cuDNN's attention: for every length of the cache it makes a plan, which takes ten times the step itself.
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        with sdpa_kernel(ATTENTION):
             return super().forward(ids)
 
     def step(self, tokens):

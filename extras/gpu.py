@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one go: at most 8 minutes on an H100, tables last.
+"""Everything that wants a GPU, in one go, tables last: all but the last part took five minutes on an H200.
 
     python -m extras.gpu --out results/gpu             # a part that fails or runs out of time does not stop the next
     python -m extras.gpu --rehearse --out /tmp/gpu     # every part at toy size, on a CPU too, in two minutes
@@ -10,6 +10,7 @@ parts also what a step took).
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ def of_steps(out):
     for line in (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []:
         line = json.loads(line)
         lines[f"{line['algo']} {line['credit']}"].append(line)
-    median = lambda values: sorted(values)[len(values) // 2] if values else None
+    median = lambda values: statistics.median(values) if values else None
     return {arm: {"steps": len(log) - 1, **{name: median([line[name] for line in log if name in line])
                                             for name in ("seconds", "rollout_seconds", "tokens_per_second")},
                   "updates": sum(line.get("updates", 0) for line in log),

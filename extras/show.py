@@ -16,7 +16,6 @@ import shutil
 import sys
 from pathlib import Path
 
-
 from actfocus import group_advantages
 from env import draw_boards
 from extras.options import SettingsParser

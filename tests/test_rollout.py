@@ -292,7 +292,7 @@ def test_on_a_gpu_steps_are_replayed_unless_the_model_looks_at_its_numbers(agent
     for row, (ids, logprobs) in made.items():
         expected = plain_logprobs(model, texts[row] + ids, 1.0)[len(texts[row]) - 1:]
         torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-3, rtol=0)
-    assert len({tuple(ids) for ids, _ in made.values()}) > 1  # the generator moves on in a replay
+    assert len({tuple(ids) for ids, _ in made.values()}) > 1  # rows draw apart
 
 
 def test_sampling_leaves_the_model_as_it_was(agent):
