@@ -209,9 +209,9 @@ def run_arms(train_arm, settings, arms, report):
         if not received:  # else the signal reached a process that was still starting
             raise ValueError("a training process ended without a word: was it killed, for want of memory?") from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         for process in torch.multiprocessing.active_children():
             process.kill()
+        pool.shutdown(cancel_futures=True)  # waits: Python must not exit while the pool's own thread closes its pipes
 
 
 def hint(line, idle):
