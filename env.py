@@ -324,5 +324,4 @@ def draw_boards(env, rng, n, below, held_out):
             seeds.append(seed)
         if len(seeds) == n:
             return seeds
-    raise ValueError(f"hardly a board is left beside the {len(held_out)} that are held out for evaluation: fewer "
-                     "--eval-boards or larger boards are needed")
+    raise ValueError(f"hardly a board is left beside the {len(held_out)} of evaluation: use larger ones or fewer")

@@ -62,6 +62,7 @@ class Settings:
     env: str = setting("sokoban", f"environment: {', '.join(environments.ENVS)}, or module:Class")
     env_options: tuple[str, ...] = setting((), "its options, KEY=VALUE (default: the built-in agent's own boards)")
     model: str = setting("tiny", "'tiny' (built in) or a Hugging Face id or directory (paper: Qwen2.5 Instruct)")
+    teach: int = setting(0, "demonstrated episodes that teach the model to answer in the format, before training", 0)
     algos: tuple[str, ...] = setting(("ppo", "grpo"), "algorithms to compare", choices=("ppo", "grpo"))
     credits: tuple[str, ...] = setting(("uniform", "actfocus"), f"any of {', '.join(CREDITS)}, or two joined by +, "
                                        "each with settings of its own if wanted: actfocus:alpha=0.3,lr=3e-5")
@@ -102,13 +103,18 @@ class Settings:
         extra("options").check(self)  # ValueError, in one line
 
     @property
+    def base(self):
+        """Directory, or Hugging Face id, of the model as it was given."""
+        return self.model if self.model != "tiny" else str(AGENTS / self.env)
+
+    @property
     def agent(self):
         """Directory, or Hugging Face id, of the agent that training starts from."""
-        return self.model if self.model != "tiny" else str(AGENTS / self.env)
+        return str(Path(self.out).resolve() / "agent") if self.teach else self.base
 
     def board_options(self):
         """Options of the environment: the given ones, or else those that the agent was taught on."""
-        taught = Path(self.agent) / "env.json"  # what `python -m extras.agent` leaves: {environment: its options}
+        taught = Path(self.base) / "env.json"  # what `python -m extras.agent` leaves: {environment: its options}
         if not self.env_options and taught.exists():
             return json.loads(taught.read_text()).get(self.env, {})
         return extra("options").key_values(self.env_options)
@@ -180,9 +186,8 @@ class Arm:
             getattr(self.policy, new if hasattr(self.policy, new) else old)({"use_reentrant": False})
             self.policy.train()  # the only mode in which transformers checkpoints; there is no dropout to switch on
         self.critic = Critic(self.policy) if algo == "ppo" else None
-        self.optimizers = [torch.optim.Adam(self.policy.parameters(), s.lr, betas=(0.9, 0.999))]
-        if self.critic:
-            self.optimizers.append(torch.optim.Adam(self.critic.parameters(), s.critic_lr, betas=(0.9, 0.999)))
+        learning = [(self.policy, s.lr)] + ([(self.critic, s.critic_lr)] if self.critic else [])
+        self.optimizers = [torch.optim.Adam(x.parameters(), rate) for x, rate in learning]
         self.learners = [self.policy, *self.optimizers, *filter(None, [self.critic])]  # what a checkpoint holds
         self.env = s.make_env()
         self.held_out = {self.env.reset(seed=seed)[0] for seed in s.evaluation_seeds()}
@@ -295,7 +300,8 @@ class Arm:
         if finite:
             for optimizer in self.optimizers:
                 optimizer.step()
-        self.forget_gradients()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self.bad_updates = 0 if finite else self.bad_updates + 1
         if self.bad_updates == 3:
             raise FloatingPointError("three updates in a row had a loss or gradient that is not finite")
@@ -311,10 +317,6 @@ class Arm:
         metrics = extra("metrics").describe(played) | said | {"board_success": wins.tolist()}
         return {f"eval_{name}": x for name, x in metrics.items()}
 
-    def forget_gradients(self):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-
 
 def train_arm(settings, algo, credit, seed):
     """Train one arm, from its checkpoint where there is one."""
@@ -327,8 +329,7 @@ def train_arm(settings, algo, credit, seed):
             line |= arm.step() if step else {}
             line |= arm.evaluate() if evaluating or step == s.steps else {}
         except FloatingPointError as error:
-            raise ValueError(f"{algo} {credit} seed {seed}, step {step}: {error}; its checkpoint, if there was one, is "
-                             f"{files.checkpoint}") from None
+            raise ValueError(f"{algo} {credit} seed {seed}, step {step}: {error} (see {files.checkpoint})") from None
         if files.record(line, arm, checkpoint=evaluating or step == s.steps):
             return
 

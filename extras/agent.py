@@ -33,6 +33,8 @@ TAUGHT = {"sokoban": ({"walls": 0, "min_moves": 2, "max_moves": 6, "max_turns": 
           "frozenlake": ({}, {"worse_noise": 0.95}),
           "sudoku": ({"hint": True, "max_turns": 4, "max_actions": 8}, {"worse_noise": 0.3}),  # mistakes are hard to mend
           "shop": ({"products": 60, "page": 3}, {"noise": 0.1, "worse_noise": 0.6, "episodes": 2000})}
+# `--teach`: share of random moves, episodes an update, learning rate times the model's width
+FORMAT_NOISE, FORMAT_BATCH, LR_WIDTH = 0.75, 2, 0.1
 CHAT_TEMPLATE = (  # the shape of Qwen2.5's
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -100,24 +102,25 @@ def demonstration(env, rng, noise, plan_in="answer"):
 def demonstrations(env, tokenizer, seeds, rng, noise, plan_in, desc):
     """One demonstrated episode a seed -> Trajectories."""
     chat, transcripts = Chat(tokenizer, env.system_prompt), []
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     for seed in tqdm(seeds, desc=desc, unit="episode", leave=False, disable=None):
         transcript = Transcript(chat, env, seed, max_context=10**9, max_response_tokens=0)
-        while transcript.respond(tokenizer(demonstration(env, rng, noise, plan_in)).input_ids + [tokenizer.eos_token_id]):
+        while transcript.respond(encode(demonstration(env, rng, noise, plan_in))):
             pass
         transcripts.append(transcript)
     return pack(transcripts)
 
 
-def imitate(model, data, steps, lr, rng, desc, batch=16, action_weight=8.0):
+def imitate(model, data, steps, lr, rng, desc, batch=16, action_weight=8.0, warmup=50):
     """Supervised training on the responses of `data`; learning rate falls linearly to a twentieth."""
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.95))
     by_length = data.lengths.argsort()  # neighbours are of like length, so a batch has little padding
     bar = tqdm(range(steps), desc=desc, unit="update", leave=False, disable=None)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * max(0.05, 1 - step / steps)
-        start = int(rng.integers(len(data) - batch + 1))
-        rows = data.select(by_length[start:start + batch])
+            group["lr"] = lr * min(1, (step + 1) / warmup) * max(0.05, 1 - step / steps)
+        start = int(rng.integers(max(len(data) - batch, 0) + 1))
+        rows = data.select(by_length[start:start + batch]).to(model.device)
         stats = score(model, rows.ids, rows.response_mask)
         # Action tokens are few but decide the game; unweighted, they are learnt last.
         weights = rows.response_mask + (action_weight - 1) * rows.action_mask
@@ -158,6 +161,33 @@ def teach(env, held_out, *, plan_in="answer", width=64, layers=2, episodes=3000,
                              plan_in, "poor demonstrations")
         imitate(model, bad, worse_steps, 1e-3, rng, "2 of 2: play it badly")
     return model, tokenizer
+
+
+def teach_format(settings, model, tokenizer):
+    """`train.py --teach N`: fine-tune any model on N demonstrated episodes, into settings.agent.
+
+    The demonstrations are poor: what they teach is how to answer, not how to win. ValueError: there is nothing to
+    demonstrate with, or a response would not fit.
+    """
+    s, rng, env = settings, np.random.default_rng(0), settings.make_env()
+    held_out = {env.reset(seed=seed)[0] for seed in s.evaluation_seeds()}
+    try:
+        data = demonstrations(env, tokenizer, draw_boards(env, rng, s.teach, EVALUATION_SEED, held_out), rng, FORMAT_NOISE,
+                              "answer", "demonstrations")
+    except NotImplementedError:
+        raise ValueError(f"teach: {s.env} has no oracle() to demonstrate with") from None
+    longest = max(int((data.turn_ids == turn).sum(1).max()) for turn in range(int(data.turns.max())))
+    if longest > s.max_response_tokens:
+        raise ValueError(f"teach: a demonstrated response takes {longest} of this model's tokens, max_response_tokens is "
+                         f"{s.max_response_tokens}")
+    width, steps = model.get_input_embeddings().weight.shape[1], -(-s.teach // FORMAT_BATCH)
+    with s.autocast():
+        imitate(model.to(s.torch_device), data, steps, LR_WIDTH / width, rng, f"teaching the format, {s.teach} episodes",
+                batch=FORMAT_BATCH, action_weight=1.0, warmup=max(steps // 5, 1))
+    part = Path(f"{s.agent}.part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(s.agent)  # whole or not at all
 
 
 def main():

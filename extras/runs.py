@@ -125,14 +125,19 @@ def saving_memory(arm, method):
                 if not lacking or arm.micro_batch == 1:
                     raise
             arm.micro_batch //= 2  # outside of except: its traceback holds on to what did not fit
-            arm.forget_gradients()
+            for optimizer in arm.optimizers:
+                optimizer.zero_grad()
             print(f"train.py: out of memory, going on with micro-batches of {arm.micro_batch}", file=sys.stderr)
     return retried
 
 
 def begin(settings, resume):
-    """Make the output directory, or check that the run in it can go on -> (the agent's fingerprint, a lock, to be held)."""
-    agent, out = fingerprint(*load_agent(settings.agent, "cpu")), Path(settings.out)
+    """Make the output directory, or check that the run in it can go on -> (the model's fingerprint, a lock, to be held).
+
+    With --teach, its agent/ is then the taught model, made once.
+    """
+    model, tokenizer = load_agent(settings.base, "cpu")
+    agent, out = fingerprint(model, tokenizer), Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "w")
     try:
@@ -150,8 +155,16 @@ def begin(settings, resume):
         if changed:
             raise ValueError(f"resume: {out} was begun with another {', '.join(changed)}")
     else:
-        shutil.rmtree(out / "arms", ignore_errors=True)
+        for made in ("arms", "agent"):
+            shutil.rmtree(out / made, ignore_errors=True)
     write(out / "settings.json", json.dumps(now, indent=1) + "\n")
+    if settings.teach and not Path(settings.agent).exists():
+        from extras.agent import teach_format  # here, because it needs train.Settings
+        try:
+            teach_format(settings, model, tokenizer)
+        except KeyboardInterrupt:
+            print("train.py: interrupted before the model was taught", file=sys.stderr)
+            sys.exit(130)
     return agent, lock
 
 
@@ -219,8 +232,7 @@ def hint(line, idle):
     arm = f"{line['algo']} {line['credit']} seed {line['seed']}"
     if line["step"] == 0 and line["eval_format_valid"] == 0:
         return ("not one response has the form <think>...</think><answer>...</answer> with a known action, so all "
-                "returns are alike and nothing can be learnt. Fine-tune the model on a few demonstrations first "
-                "(extras/agent.py makes them: `demonstrations`)")
+                "returns are alike and nothing can be learnt. --teach 40 teaches a model the format first")
     idle[arm] = 0 if line.get("updates", 1) else idle[arm] + 1
     if idle[arm] == 3:
         return f"{arm}: three steps without an update: in none did a group's rollouts differ in their return"

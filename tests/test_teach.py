@@ -1,0 +1,104 @@
+"""`--teach N`: any model learns to answer in the format before it is trained."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_train import metrics, run
+
+import extras.agent as teacher
+from env import ENVS, Sokoban, draw_boards
+from extras.agent import demonstrations, teach_format
+from rollout import load_agent, score
+from train import Arm, Settings
+
+LESSON = ["--teach", "6", "--algos", "grpo", "--credits", "actfocus", "--steps", "1"]
+
+
+def nll_of_demonstrations(settings, path):
+    """How unlikely the model at `path` finds demonstrations that it was not taught, nats a token."""
+    model, tokenizer = load_agent(path, "cpu")
+    env, rng = settings.make_env(), np.random.default_rng(5)
+    data = demonstrations(env, tokenizer, draw_boards(env, rng, 8, 10**9, set()), rng, 0.75, "answer", "")
+    with torch.no_grad():
+        return -score(model, data.ids, data.response_mask).logprobs[data.response_mask].mean().item()
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    out = tmp_path_factory.mktemp("taught")
+    code, _, error = run("--out", out, *LESSON)
+    assert code == 0, error
+    return out
+
+
+def test_the_taught_model_is_where_training_starts_and_the_frozen_reference(taught):
+    settings = Settings(out=str(taught), teach=6)
+    arm = Arm(settings, "grpo", "actfocus", 0)
+    model, _ = load_agent(taught / "agent", "cpu")
+    for name, x in model.state_dict().items():
+        assert torch.equal(arm.policy.state_dict()[name], x) and torch.equal(arm.reference.state_dict()[name], x)
+    base, _ = load_agent(Settings().agent, "cpu")
+    assert any(not torch.equal(x, base.state_dict()[name]) for name, x in model.state_dict().items())
+    assert json.loads((taught / "settings.json").read_text())["teach"] == 6
+    assert json.loads((taught / "summary.json").read_text())["config"]["teach"] == 6
+
+
+def test_teaching_brings_the_model_nearer_to_demonstrations_that_it_has_not_seen(tmp_path):
+    settings = Settings(env="frozenlake", out=str(tmp_path), teach=60)
+    model, tokenizer = load_agent(settings.base, "cpu")
+    for name, x in model.named_parameters():  # it forgets how it answered
+        x.data += 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path / "before")
+    tokenizer.save_pretrained(tmp_path / "before")
+    teach_format(settings, model, tokenizer)
+    before, after = (nll_of_demonstrations(settings, tmp_path / name) for name in ("before", "agent"))
+    assert after < 0.8 * before and after < before - 0.5, (before, after)
+
+
+def test_a_resumed_run_keeps_its_taught_model_and_a_new_one_makes_its_own(taught, monkeypatch):
+    made, before = (taught / "agent" / "model.safetensors").stat().st_mtime_ns, metrics(taught)
+    assert run("--out", taught, *LESSON, "--resume")[0] == 0
+    assert (taught / "agent" / "model.safetensors").stat().st_mtime_ns == made and metrics(taught) == before
+    code, _, error = run("--out", taught, *LESSON, "--teach", "5", "--resume")
+    assert code == 2 and "teach" in error
+    assert run("--out", taught, *LESSON)[0] == 0
+    assert (taught / "agent" / "model.safetensors").stat().st_mtime_ns > made and metrics(taught) == before
+
+
+@pytest.mark.parametrize("moment", ["imitate", "rename"])
+def test_a_run_that_is_cut_off_while_it_teaches_goes_on_to_the_same_metrics(taught, tmp_path, monkeypatch, moment):
+    def cut(*_, **__):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(*((teacher, "imitate") if moment == "imitate" else (teacher.Path, "rename")), cut)
+        code, _, error = run("--out", tmp_path, *LESSON)
+    assert code == 130 and error.count("\n") == 1 and not (tmp_path / "agent").exists()
+    assert run("--out", tmp_path, *LESSON, "--resume")[0] == 0 and metrics(tmp_path) == metrics(taught)
+
+
+def test_what_cannot_be_demonstrated_is_refused_in_one_line(tmp_path, monkeypatch):
+    def oracle(self):
+        raise NotImplementedError
+    monkeypatch.setitem(ENVS, "mute", type("Mute", (Sokoban,), {"oracle": oracle}))
+    code, _, error = run("--out", tmp_path, "--teach", "3", "--env", "mute", "--model", Settings().agent)
+    assert code == 2 and error.count("\n") == 1 and "oracle" in error
+    code, _, error = run("--out", tmp_path, "--teach", "3", "--max-response-tokens", "20")
+    assert code == 2 and error.count("\n") == 1 and "max_response_tokens" in error
+
+
+def test_demonstrations_hold_no_token_that_opens_a_text(monkeypatch):
+    """Tokenizers of Llama's kind put one before every text that they are given."""
+    settings = Settings(env="frozenlake")
+    _, tokenizer = load_agent(settings.agent, "cpu")
+    env = settings.make_env()
+    draw = lambda: demonstrations(env, tokenizer, [1, 2], np.random.default_rng(0), 0.5, "answer", "").ids
+    before, plain = draw(), type(tokenizer).__call__
+
+    def opened(self, text, add_special_tokens=True, **options):
+        made = plain(self, text, add_special_tokens=add_special_tokens, **options)
+        made["input_ids"] = [0] * add_special_tokens + made["input_ids"]
+        return made
+    monkeypatch.setattr(type(tokenizer), "__call__", opened)
+    assert torch.equal(draw(), before)
