@@ -4,7 +4,7 @@
     python -m extras.show --checkpoint runs/latest/arms/grpo-actfocus-0.pt        # after training
     python -m extras.show --svg results/episode.svg                               # the picture in the README
 
-It is the episode with the largest advantage of a group of G, on the first board (of 20) that the group wins and loses.
+A group of G episodes is played on one board, `--seed`; shown is the one with the largest advantage.
 """
 
 import copy
@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from actfocus import group_advantages
@@ -27,8 +28,9 @@ SHADES = (229, 222, 215, 208, 202, 196)  # of the terminal's 256 colours, pale t
 
 def saved_settings(checkpoint):
     """The settings of the run that a checkpoint belongs to: they stand in settings.json beside its folder."""
-    path = Path(checkpoint).parent.parent / "settings.json"
-    return {name: x for name, x in json.loads(path.read_text()).items() if name != "agent"} if path.exists() else {}
+    out = Path(checkpoint).parent.parent  # where it is now: a directory may have been moved
+    path = out / "settings.json"
+    return {**json.loads(path.read_text()), "out": str(out)} if path.exists() else {}
 
 
 def agent_at(parser, checkpoint, algo="grpo", credit="actfocus", arguments=None):
@@ -50,14 +52,10 @@ def agent_at(parser, checkpoint, algo="grpo", credit="actfocus", arguments=None)
     return arm, options
 
 
-def turning_episode(arm):
-    """(Batch of a group, the row with the largest advantage, advantages[G]) on the first board that is won and lost."""
-    for seed in draw_boards(arm.env, arm.rng, 20, EVALUATION_SEED, arm.held_out):
-        played = arm.play([seed] * arm.settings.rollouts, arm.settings.temperature, arm.generator)
-        if played.success.any() and not played.success.all():
-            break
-    batch, advantages = arm.score(played), group_advantages(played.returns[None])[0]
-    batch.weights = arm.credit.weights(batch)
+def best_of_group(arm, seed):
+    """A group played on the board of `seed` -> (its Batch, the row with the largest advantage, advantages[G])."""
+    batch = arm.score(arm.play([seed] * arm.settings.rollouts, arm.settings.temperature, arm.generator))
+    batch.weights, advantages = arm.credit.weights(batch), group_advantages(batch.returns[None])[0]
     return batch, int(advantages.argmax()), advantages
 
 
@@ -78,25 +76,32 @@ def turns(arm, batch, row):
 
 
 def shaded(text, weight, is_action, beta, colour):
-    """A token as a terminal shows it: reasoning dim, action tokens the redder the more they weigh; marks without colour."""
+    """(what can be seen of a token, what is printed): reasoning dim, action tokens the redder the more they weigh, or marked."""
     text = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
-    if not is_action:
-        return text, f"\x1b[2m{text}\x1b[0m" if colour else text
+    if is_action and not colour:
+        text = f"{' ' * text[:1].isspace()}[{text.strip()} {weight:.2f}]"
     if not colour:
-        return text, f"[{text.strip()} {weight:.2f}]"
+        return text, text
+    if not is_action:
+        return text, f"\x1b[2m{text}\x1b[0m"
     shade = SHADES[min(int((weight - 1) / beta * len(SHADES)) if beta else len(SHADES), len(SHADES) - 1)]
     return text, f"\x1b[30;48;5;{shade}m{text}\x1b[0m"
 
 
 def beside(board, tokens, width):
-    """Lines of a board with a text to its right; tokens: [(text as it is, text as it is shown)], broken before a space."""
+    """Lines of a board with a text to its right, or below it where there is no room; tokens: [(seen, printed)]."""
     left = max(map(len, board), default=0) + 3
-    room, lines, length = max(width - left, 20), [""], 0
-    for plain, shown in tokens:
-        if length + len(plain) > room and (plain[:1].isspace() or length > room + 12):  # a full stop may stick out
+    below = width - left < 20
+    room, lines, length = width if below else width - left, [""], 0
+    for seen, printed in tokens:
+        if length and length + len(seen) > room and (seen[:1].isspace() or length + len(seen) > room + 1):  # a full stop may
             lines, length = [*lines, ""], 0
-        lines[-1] += shown
-        length += len(plain)
+            if seen[:1].isspace():
+                seen, printed = seen[1:], printed.replace(seen[0], "", 1)
+        lines[-1] += printed
+        length += len(seen)
+    if below:
+        return [*board, *filter(None, lines)]
     return [f"{a:{left}}{b}".rstrip() for a, b in itertools.zip_longest(board, lines, fillvalue="")]
 
 
@@ -158,28 +163,38 @@ def svg(shown, last, title, beta):
 def main(arguments=None):
     parser = SettingsParser("python -m extras.show", description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", help="an arm's, DIR/arms/*.pt; its run's settings are used (default: the agent before training)")
+    parser.add_argument("--seed", type=int, help="the board (default: the first that training draws)")
     parser.add_argument("--svg", type=Path, help="write a picture instead of printing")
     arm, options = agent_at(parser, parser.parse_args(arguments).checkpoint, arguments=arguments)
-    batch, row, advantages = turning_episode(arm)
+    s, seed = arm.settings, options.seed
+    if seed is None:
+        seed, = draw_boards(arm.env, arm.rng, 1, EVALUATION_SEED, arm.held_out)
+    if not 0 <= seed < 2**63:
+        parser.error(f"seed: {seed} is not in [0, {2**63 - 1}]")
+    batch, row, advantages = best_of_group(arm, seed)
     shown, last = turns(arm, batch, row)
-    s = arm.settings
-    title = (f"{s.env}, board of seed {int(batch.seeds[row])}, {options.checkpoint or 'the agent before training'}: the best of "
-             f"{s.rollouts} episodes")
+    title = f"{s.env}, board of seed {seed}, {options.checkpoint or 'the agent before training'}: the best of {s.rollouts} episodes"
     if options.svg:
         options.svg.write_text(svg(shown, last, title, s.beta), encoding="utf-8")
         return
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows no √
     colour, width = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), shutil.get_terminal_size((110, 24)).columns
-    print(f"{title}. Reasoning weighs {s.alpha}, action tokens 1 to {1 + s.beta}, "
-          + ("the redder the more." if colour else "as in [Up 1.23]."))
+    say = lambda text: print(textwrap.fill(text, width))
+    say(f"{title}. Reasoning weighs {s.alpha}, action tokens 1 to {1 + s.beta}, "
+        + ("the redder the more." if colour else "as in [Up 1.23]."))
+    for line in arm.env.system_prompt.splitlines():
+        if line.startswith("Symbols:"):
+            say(line)
+    if not batch.valid.any():
+        say("Not one response of the group has the format: nothing can be learnt from it (train.py --teach 40 mends that).")
     for number, (board, tokens, reward) in enumerate(shown, 1):
         print(f"\nturn {number}")
         print("\n".join(beside(board, [shaded(*token, s.beta, colour) for token in tokens], width)))
         print(f"reward {reward:+.1f}")
     print("\n" + "\n".join(last))
-    print(f"return {float(batch.returns[row]):+.1f}, advantage {float(advantages[row]):+.2f} (the group's returns: "
-          f"{' '.join(f'{value:.1f}' for value in batch.returns.tolist())}), " + ("solved" if batch.success[row] else "not solved"))
+    say(f"return {float(batch.returns[row]):+.1f}, advantage {float(advantages[row]):+.2f} (the group's returns: "
+        f"{' '.join(f'{value:.1f}' for value in batch.returns.tolist())}), " + ("solved" if batch.success[row] else "not solved"))
 
 
 if __name__ == "__main__":

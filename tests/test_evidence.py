@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from test_train import BOARDS, BRIEF, RETURNS, arm_of, batch_of, run, strict, trajectories_of, words
+from test_train import BOARDS, BRIEF, RETURNS, ROOT, arm_of, batch_of, run, strict, trajectories_of, words
 
 from actfocus import SIGNALS, token_weights
 from extras import diagnose, gpu, report, show
@@ -166,6 +166,7 @@ def test_an_episode_is_shown_with_the_weights_of_its_tokens(trained, tmp_path):
         weights = [float(weight) for weight in re.findall(r"\[\S* ?(\d\.\d\d)\]", output)]
         assert weights and all(1 <= weight <= 1.5 for weight in weights)
         assert str(arguments[1]) in output or "before training" in output
+        assert "Symbols: # wall" in output and "Not one response" not in output
     code, output, error = call(show.main, "--checkpoint", checkpoint, "--rollouts", "8", "--alpha", "0.25",
                                "--svg", tmp_path / "episode.svg")
     assert code == 0 and not output, error
@@ -174,11 +175,11 @@ def test_an_episode_is_shown_with_the_weights_of_its_tokens(trained, tmp_path):
     assert "weight 0.25" in said and "######" in said and str(checkpoint) in said
 
 
-def test_the_episode_shown_has_the_largest_advantage_of_a_group_with_wins_and_losses():
+def test_the_episode_shown_is_the_best_of_one_group_on_the_board_that_was_asked_for():
     arm = arm_of(rollouts=8, env_options=tuple(BOARDS))
-    batch, row, advantages = show.turning_episode(arm)
-    assert batch.success.any() and not batch.success.all() and len(batch) == len(advantages) == 8
-    assert row == int(batch.returns.argmax()) and batch.success[row] and advantages[row] == advantages.max()
+    batch, row, advantages = show.best_of_group(arm, 3)
+    assert len(batch) == len(advantages) == 8 and set(batch.seeds.tolist()) == {3}
+    assert row == int(batch.returns.argmax()) and advantages[row] == advantages.max()
     shown, last = show.turns(arm, batch, row)
     assert sum(reward for *_, reward in shown) == pytest.approx(float(batch.returns[row]), abs=1e-4) and len(last) == 6
     tokens = [token for _, turn, _ in shown for token in turn]
@@ -187,12 +188,34 @@ def test_the_episode_shown_has_the_largest_advantage_of_a_group_with_wins_and_lo
     assert [is_action for *_, is_action in tokens] == batch.action_mask[row][mask].tolist()
 
 
+def test_one_group_is_played_and_without_a_valid_response_it_is_said(monkeypatch):
+    played = []
+
+    def play(arm, seeds, *_):
+        played.append(seeds)
+        return trajectories_of(arm, [-0.1] * 3, answers=(("hm",),))
+    monkeypatch.setattr(show.Arm, "play", play)
+    code, output, error = call(show.main, "--seed", "7", "--rollouts", "3")
+    assert code == 0 and played == [[7] * 3] and "board of seed 7" in output, error
+    assert "Not one response" in output and "--teach" in output
+    code, output, error = call(show.main, "--seed", "-1")
+    assert code == 2 and error.count("\n") == 1 and "seed" in error
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_narrow_terminal_that_knows_few_characters_is_enough(encoding):
+    done = subprocess.run([sys.executable, "-m", "extras.show", "--seed", "3", "--rollouts", "4"], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"COLUMNS": "20", "PYTHONIOENCODING": encoding}, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.decode(encoding).splitlines())) <= 21  # a full stop may stick out
+
+
 def test_shades_follow_the_weights():
     shaded = lambda *token, beta=0.5, colour=True: show.shaded(*token, beta, colour)
     pale, strong = (shaded("Up", weight, True)[1] for weight in (1.0, 1.5))
     assert pale != strong and "Up" in pale and pale.endswith("\x1b[0m")
     assert shaded("hm", 0.1, False) == ("hm", "\x1b[2mhm\x1b[0m")
-    assert shaded(" Up", 1.234, True, colour=False)[1] == "[Up 1.23]"
+    assert shaded(" Up", 1.234, True, colour=False) == (" [Up 1.23]",) * 2
     assert shaded("hm", 0.1, False, colour=False) == ("hm", "hm")
     assert shaded("Up", 1.0, True, beta=0.0) and "\n" not in shaded("a\nb\x1b", 1.0, False)[0]
 
@@ -200,9 +223,10 @@ def test_shades_follow_the_weights():
 def test_text_stands_beside_the_board_and_is_broken_to_fit():
     tokens = [(word, f"<{word}>") for word in ("one", " two", " three", " four", " five")]
     lines = show.beside(["####", "#P_#"], tokens, width=4 + 3 + 20)
-    assert lines == ["####   <one>< two>< three>< four>", "#P_#   < five>"]
-    assert show.beside(["####"], tokens, width=5)[1:] == ["       < five>"]  # never under 20 characters
-    assert len(show.beside(["#"], [("ab", "ab")] * 51, width=24)) == 3  # text without a space is broken too
+    assert lines == ["####   <one>< two>< three>< four>", "#P_#   <five>"]
+    assert show.beside(["####"], tokens, width=26) == ["####", "<one>< two>< three>< four>< five>"]  # no room beside it
+    assert show.beside(["####"], tokens, width=8) == ["####", "<one>< two>", "<three>", "<four>", "<five>"]
+    assert len(show.beside(["#"], [("ab", "ab")] * 51, width=24)) == 6  # text without a space is broken too
     assert show.beside(["####", "#P_#"], [], width=20) == ["####", "#P_#"]
 
 
