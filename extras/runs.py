@@ -175,6 +175,7 @@ def in_worker(stop, threads):
     parent = torch.multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is shared between processes: one that is killed would leave it behind
 
 
 def on_signal(number, _):
@@ -220,7 +221,8 @@ def run_arms(train_arm, settings, arms, report):
         pool.shutdown()  # all is done: let the workers end by themselves, and clean up
     except BrokenProcessPool:
         if not received:  # else the signal reached a process that was still starting
-            raise ValueError("a training process ended without a word: was it killed, for want of memory?") from None
+            raise ValueError("a training process ended without a word: was it killed, for want of memory? (A smaller "
+                             "--micro-batch takes less)") from None
     finally:
         for process in torch.multiprocessing.active_children():
             process.kill()
