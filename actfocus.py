@@ -14,20 +14,26 @@ A_t are those of the algorithm that it is put into: group_advantages (GRPO) or g
 algorithm itself, bit for bit. This file needs torch and nothing else: copy it. In your own loop:
 
     energy  = token_energy(ref_logits[:, :-1])                    # logits at t - 1 predict token t
-    weights = token_weights(energy, action_mask[:, 1:], response_mask[:, 1:])
+    actions = action_mask(tokenizer, ids, response_mask)          # [B, T]
+    weights = token_weights(energy, actions[:, 1:], response_mask[:, 1:])
     loss, stats = weighted_policy_loss(logprobs, old_logprobs, advantages, weights)      # all [B, T - 1]
 
 Shapes, here and in the other files: B trajectories, T tokens, N flattened tokens, V vocabulary, H hidden size, P
 prompts, G rollouts of a prompt. Column t of a [B, T] tensor of log-probs, energies or weights belongs to token t. Masks
-are bool: response_mask marks the tokens that the policy sampled, action_mask those of them between `<answer>` and
-`</answer>`.
+are bool: response_mask marks the tokens that the policy sampled, action_mask those of them that hold a character
+between `<answer>` and `</answer>`.
 """
 
 import copy
+import re
+from bisect import bisect_left, bisect_right
+from itertools import accumulate, groupby
 
 import torch
 from torch import nn
+from torch.distributions import Categorical
 
+ANSWER = "(?s)<answer>(.*?)</answer>"  # (?s): a dot is any character, a line's end too
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside any clip range, and exp() of a stray log-ratio stays finite
 
 
@@ -51,6 +57,55 @@ def check_range(low, high=float("inf"), **values):
 
 def at_least_float32(x):  # in half precision and in integers, sums go wrong
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# Which tokens act -----------------------------------------------------------------------------------------------------
+
+
+def token_spans(tokenizer, ids, pieces):
+    """ids of a response -> (text, starts, ends of each token in it); in pieces, the texts of single ids are kept.
+
+    Tokens that share a character (split UTF-8) all span it.
+    """
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    decode = lambda ids: tokenizer.decode([tokenizer.eos_token_id, *ids], **options)  # some drop a space at the start
+    opening, text = decode([]), decode(ids)
+    for i in set(ids).difference(pieces):
+        pieces[i] = decode([i])[len(opening):]
+    ends = list(accumulate((len(pieces[i]) for i in ids), initial=len(opening)))
+    if opening + "".join(pieces[i] for i in ids) == text:
+        return text, ends[:-1], ends[1:]
+    # What a token adds depends on those before it: decode it with what the last whole character came from.
+    ends, first, here = [len(opening)], 0, 0  # ids[:here] are whole characters, ids[first:here] the last of them
+    for n in range(1, len(ids) + 1):
+        grown, known = decode(ids[first:n]), decode(ids[first:here])
+        whole = not grown.endswith("\ufffd")  # U+FFFD: a character that is not whole yet
+        ends.append(ends[-1] + whole * (len(grown) - len(known)))
+        first, here = (here, n) if whole else (first, here)
+    return text, ends[:-1], [max(end, start + 1) for start, end in zip(ends, ends[1:])]
+
+
+def action_mask(tokenizer, ids, response_mask, turn_ids=None, pattern=ANSWER):
+    """Which sampled tokens of ids[B, T] hold a character of an action -> [B, T] bool.
+
+    An action is what `pattern` (its first group, if it has one) finds within a response; a response is a run of
+    response_mask[B, T], in which turn_ids[B, T], if given, stay the same. What stands between responses is never read.
+    An agent that calls tools: pattern="(?s)<tool_call>(.*?)</tool_call>". tokenizer: anything with decode and
+    eos_token_id. ValueError: a mask of another shape or dtype.
+    """
+    check(ids, dtype=torch.bool, response_mask=response_mask)
+    turns = response_mask.long() if turn_ids is None else torch.where(response_mask, turn_ids + 1, 0)
+    mask, pieces, pattern = torch.zeros(ids.shape, dtype=torch.bool), {}, re.compile(pattern)
+    for row, (tokens, of_row) in enumerate(zip(ids.tolist(), turns.tolist())):
+        for turn, run in groupby(range(len(of_row)), key=of_row.__getitem__):
+            if turn:
+                here = list(run)
+                text, starts, ends = token_spans(tokenizer, tokens[here[0]:here[-1] + 1], pieces)
+                for match in pattern.finditer(text):
+                    first, last = match.span(min(pattern.groups, 1))
+                    if first < last:
+                        mask[row, here[0] + bisect_right(ends, first):here[0] + bisect_left(starts, last)] = True
+    return mask.to(ids.device)
 
 
 # Token weights --------------------------------------------------------------------------------------------------------
@@ -96,17 +151,11 @@ def token_logprobs(logits, targets):
     return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
-def token_entropy(logits):
-    """Entropy [n] of the softmax of raw logits[n, V], in nats."""
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # clamp: 0 * -inf is nan
-
-
 # What is put in the place of energy in the paper's ablation (random: a control of ours). Each is (logits[n, V] of the
 # frozen reference, targets[n], old_logprobs[n] of the policy that sampled) -> the score [n] of n tokens.
 SIGNALS = {
     "energy": lambda logits, targets, old_logprobs: token_energy(logits),
-    "entropy": lambda logits, targets, old_logprobs: token_entropy(logits),
+    "entropy": lambda logits, targets, old_logprobs: Categorical(logits=logits, validate_args=False).entropy(),
     "nll": lambda logits, targets, old_logprobs: -old_logprobs,
     "shift": lambda logits, targets, old_logprobs: old_logprobs - token_logprobs(logits, targets),
     "random": lambda logits, targets, old_logprobs: torch.rand_like(old_logprobs),

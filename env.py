@@ -89,11 +89,6 @@ class Env:
         """A shortest list of actions to the goal from here, or None where there is none."""
         raise NotImplementedError
 
-    def ceiling(self):
-        """Probability of success from here under the best play within the budgets."""
-        plan = self.oracle()
-        return float(plan is not None and len(plan) <= self.actions_left)
-
     def read(self, text):
         """The action that a piece of an answer names, None if it names none."""
         return {action.lower(): action for action in self.actions}.get(" ".join(text.split()).lower())
@@ -177,21 +172,15 @@ class Env:
 
 def shortest_path(start, neighbours, is_goal, limit=None):
     """Breadth-first search -> list of actions, or None. `neighbours(state)` yields (action, next state)."""
-    parent, frontier = {start: None}, deque([(start, 0)])
+    seen, frontier = {start}, deque([(start, [])])
     while frontier:
-        state, depth = frontier.popleft()
+        state, path = frontier.popleft()
         if is_goal(state):
-            path = []
-            while parent[state] is not None:
-                state, action = parent[state]
-                path.append(action)
-            return path[::-1]
-        if limit is not None and depth == limit:
-            continue
-        for action, following in neighbours(state):
-            if following not in parent:
-                parent[following] = (state, action)
-                frontier.append((following, depth + 1))
+            return path
+        for action, following in neighbours(state) if len(path) != limit else ():
+            if following not in seen:
+                seen.add(following)
+                frontier.append((following, [*path, action]))
     return None
 
 
@@ -324,4 +313,4 @@ def draw_boards(env, rng, n, below, held_out):
             seeds.append(seed)
         if len(seeds) == n:
             return seeds
-    raise ValueError(f"hardly a board is left beside the {len(held_out)} of evaluation: use larger ones or fewer")
+    raise ValueError(f"hardly a board is left beside the {len(held_out)} held out: larger ones, or fewer --eval-boards")

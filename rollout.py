@@ -3,11 +3,7 @@
 Token in, token out: the ids that were sampled are trained on, never decoded and tokenised again; text is made of them
 only for the environment. One key-value cache lives through all turns: a turn costs its own tokens alone.
 
-    trajectories = rollout(model, tokenizer, envs, seeds=range(128), temperature=1.0, max_response_tokens=100,
-                           generator=torch.Generator().manual_seed(0))
-
-for a Hugging Face causal model and a tokenizer with a chat template. Shapes as in actfocus.py. `python rollout.py`
-measures tokens per second beside a loop around model.generate.
+Shapes as in actfocus.py. `python rollout.py` measures tokens per second beside a loop around model.generate.
 """
 
 import copy
@@ -15,19 +11,16 @@ import importlib
 import inspect
 import re
 import weakref
-from bisect import bisect_left, bisect_right
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from actfocus import action_mask
 from kernels import token_stats
-
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 @dataclass
@@ -89,19 +82,26 @@ class Chat:
     """The tokens around the responses, taken from the tokenizer's chat template."""
 
     def __init__(self, tokenizer, system_prompt, stop_ids=()):
-        self.tokenizer, self.system = tokenizer, [{"role": "system", "content": system_prompt}]
+        self.tokenizer, self.system = tokenizer, {"role": "system", "content": system_prompt}
         self.stop_ids = {tokenizer.eos_token_id, *stop_ids}  # what ends a response
-        self.pieces = {}  # id -> its text
+        control = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control = re.compile("|".join(control) or "(?!)")
+        self.text = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         self.opening, self.bridge = cache(self.opening), cache(self.bridge)  # a group's rollouts share much
 
     def render(self, messages):
-        return self.tokenizer.apply_chat_template(self.system + messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template([self.system, *messages], tokenize=False, add_generation_prompt=True)
 
-    def _encode(self, messages, after=None):
-        text = self.render(messages)
-        if after is not None:
-            text = text[text.index(after) + len(after):]
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def _encode(self, messages, after=""):
+        """Ids of the rendered messages from `after` on. What looks like a control token in a message stays text."""
+        encode, found, mark = partial(self.tokenizer, add_special_tokens=False), [], "@control@"
+        hide = lambda text: self.control.sub(lambda match: found.append(match[0]) or mark, text)
+        text = self.render([message | {"content": hide(message["content"])} for message in messages])
+        first, *parts = text[text.index(after) + len(after):].split(mark)
+        ids = encode(first).input_ids
+        for control, part in zip(found[len(found) - len(parts):], parts):
+            ids += encode(control, split_special_tokens=True).input_ids + encode(part).input_ids
+        return ids
 
     def opening(self, observation):
         """Ids from the start to where the first response begins."""
@@ -117,38 +117,13 @@ class Chat:
             raise ValueError("the chat template does not close a response with the tokenizer's eos_token")
         return ids[1:] if ended else ids
 
-    def text(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def spans(self, ids, text):
-        """[(start, end) of each token in the text]; tokens that share a character (split UTF-8) all span it."""
-        for i in ids:
-            if i not in self.pieces:
-                self.pieces[i] = self.text([i])
-        if "".join(self.pieces[i] for i in ids) == text:
-            ends = list(accumulate(len(self.pieces[i]) for i in ids))
-            return list(zip([0, *ends[:-1]], ends))
-        # A token's text depends on its neighbours: decode every prefix. U+FFFD is a character that is not whole yet.
-        ends = [len(self.text(ids[: n + 1]).rstrip("\ufffd")) for n in range(len(ids))]
-        return [(start, max(end, start + 1)) for start, end in zip([0, *ends[:-1]], ends)]
-
-    def actions(self, ids):
-        """Which of a response's ids hold a character strictly between <answer> and </answer>."""
-        marks, text = [False] * len(ids), self.text(ids)
-        inside = [match.span(1) for match in ANSWER.finditer(text) if match[1]]
-        starts, ends = zip(*self.spans(ids, text)) if inside else ((), ())
-        for start, end in inside:
-            first, last = bisect_right(ends, start), bisect_left(starts, end)
-            marks[first:last] = [True] * (last - first)
-        return marks
-
 
 class Transcript:
     """One episode as it grows: its ids and what is known of each. A subclass may keep `notes` for a credit method."""
 
     def __init__(self, chat, env, seed, max_context, max_response_tokens):
         self.chat, self.env, self.seed, self.max_length = chat, env, int(seed), max_context - max_response_tokens
-        self.ids, self.turn_ids, self.action_mask, self.logprobs = [], [], [], []
+        self.ids, self.turn_ids, self.logprobs = [], [], []
         self.rewards, self.valid, self.success, self.notes = [], [], False, None
         self.observation, _ = env.reset(seed=seed)
         self._append(chat.opening(self.observation))
@@ -156,17 +131,15 @@ class Transcript:
             raise ValueError(f"the first prompt has {len(self.ids)} tokens: with {max_response_tokens} for the "
                              f"response it does not fit a context of {max_context}")
 
-    def _append(self, ids, turn=-1, action=None, logprobs=None):
+    def _append(self, ids, turn=-1, logprobs=None):
         self.ids += ids
         self.turn_ids += [turn] * len(ids)
-        self.action_mask += action or [False] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
 
     def respond(self, ids, logprobs=None):
         """Record a response, play it, and append what the environment says -> whether the episode goes on."""
-        stopped = ids[-1] in self.chat.stop_ids
-        words = ids[:-1] if stopped else ids
-        self._append(ids, len(self.rewards), self.chat.actions(words) + [False] * stopped, logprobs)
+        words = ids[:-1] if ids[-1] in self.chat.stop_ids else ids
+        self._append(ids, len(self.rewards), logprobs)
         self.observation, reward, terminated, truncated, info = self.env.step(self.chat.text(words))
         self.rewards.append(reward)
         self.valid.append(info["valid"])
@@ -187,12 +160,11 @@ class Transcript:
 def pack(transcripts, pad_id=0):
     """Transcripts -> Trajectories. The padding is never read, but has to be an id that every model knows."""
     def column(values, pad, dtype=None):
-        values = [torch.tensor(x, dtype=dtype) for x in values]
-        return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=pad)
-    turn_ids = column([t.turn_ids for t in transcripts], -1)
+        return nn.utils.rnn.pad_sequence([torch.tensor(x, dtype=dtype) for x in values], True, pad)
+    ids, turn_ids = column([t.ids for t in transcripts], pad_id), column([t.turn_ids for t in transcripts], -1)
     return Trajectories(
-        ids=column([t.ids for t in transcripts], pad_id), response_mask=turn_ids >= 0, turn_ids=turn_ids,
-        action_mask=column([t.action_mask for t in transcripts], False),
+        ids=ids, response_mask=turn_ids >= 0, turn_ids=turn_ids,
+        action_mask=action_mask(transcripts[0].chat.tokenizer, ids, turn_ids >= 0, turn_ids),
         logprobs=column([t.logprobs for t in transcripts], 0.0, torch.float32),
         lengths=torch.tensor([len(t.ids) for t in transcripts]), seeds=torch.tensor([t.seed for t in transcripts]),
         returns=torch.tensor([sum(t.rewards) for t in transcripts], dtype=torch.float32),
@@ -202,7 +174,6 @@ def pack(transcripts, pad_id=0):
         outcome=[t.env.outcome() for t in transcripts], notes=[t.notes for t in transcripts])
 
 
-@torch.no_grad()
 def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, generator, max_context=None,
             transcript=Transcript):
     """Play one episode in each of envs -> Trajectories, in their order, on the CPU.
@@ -221,8 +192,8 @@ def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, 
 def begin(model, tokenizer, envs, seeds, max_response_tokens, max_context=None, transcript=Transcript):
     """A transcript of each environment, up to where the first response begins."""
     if not len(envs) == len(seeds) > 0 or max_response_tokens < 1:
-        raise ValueError(f"need a seed for each environment, one at least, and max_response_tokens: got {len(envs)} "
-                         f"environments, {len(seeds)} seeds, {max_response_tokens} tokens")
+        raise ValueError(f"need a seed for each environment, one at least, and one token at least for a response: got "
+                         f"{len(envs)} environments, {len(seeds)} seeds, {max_response_tokens} tokens")
     also = getattr(model.generation_config, "eos_token_id", None)
     stop_ids = {*(also if isinstance(also, list) else [also])} - {None}
     max_context = max_context or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31

@@ -15,7 +15,6 @@ the last checkpoint of each arm, from which `--resume` goes on to the same metri
 """
 
 import copy
-import functools
 import importlib
 import json
 import math
@@ -27,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from torch import nn
 
 import env as environments
@@ -35,7 +33,6 @@ from actfocus import CREDITS, SIGNALS, Credit, Critic, gae, token_logprobs, vari
 from kernels import logits_by_block, token_stats, weighted_loss
 from rollout import Trajectories, load_agent, rollout, score, states, to_tokens
 
-transformers.utils.logging.disable_progress_bar()  # a bar for every loaded file would drown ours
 AGENTS = Path(__file__).resolve().parent / "extras" / "agents"  # the built-in ones, taught by `python -m extras.agent`
 # What differs from the defaults: the paper's filter is off on FrozenLake (under GRPO) and in the shop; Sudoku is wordy.
 DEFAULTS = {"frozenlake": {"keep": 1.0}, "shop": {"keep": 1.0}, "sudoku": {"max_response_tokens": 140}}
@@ -122,14 +119,10 @@ class Settings:
     def make_env(self):
         return environments.make(self.env, **{"response_limit": self.max_response_tokens, **self.board_options()})
 
-    @functools.cached_property
+    @property
     def torch_device(self):
-        found = torch.cuda.is_available()
-        device = torch.device(("cuda" if found else "cpu") if self.device == "auto" else self.device)
-        if device.type == "cuda" and not found:
-            raise ValueError("device: torch finds no GPU here")
-        torch.empty(0, device=device)  # fails here where there is no such device
-        return device
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(automatic if self.device == "auto" else self.device)
 
     def autocast(self):
         """The context of a forward pass. Weights and Adam's state stay float32: 1e-6 would round to nothing."""
@@ -182,9 +175,7 @@ class Arm:
         if s.torch_device.type == "cuda":  # it is never updated, so nothing is lost below bfloat16
             self.reference.bfloat16()
         if s.gradient_checkpointing:
-            new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # renamed in transformers 5
-            getattr(self.policy, new if hasattr(self.policy, new) else old)({"use_reentrant": False})
-            self.policy.train()  # the only mode in which transformers checkpoints; there is no dropout to switch on
+            extra("guard").recompute_layers(self.policy)
         self.critic = Critic(self.policy) if algo == "ppo" else None
         learning = [(self.policy, s.lr)] + ([(self.critic, s.critic_lr)] if self.critic else [])
         self.optimizers = [torch.optim.Adam(x.parameters(), rate) for x, rate in learning]
@@ -297,10 +288,9 @@ class Arm:
         norms = [float(nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM))
                  for optimizer in self.optimizers for group in optimizer.param_groups]
         finite = all(map(math.isfinite, [*norms, *log.values()]))
-        if finite:
-            for optimizer in self.optimizers:
-                optimizer.step()
         for optimizer in self.optimizers:
+            if finite:
+                optimizer.step()
             optimizer.zero_grad()
         self.bad_updates = 0 if finite else self.bad_updates + 1
         if self.bad_updates == 3:
@@ -313,8 +303,8 @@ class Arm:
         played = self.play([seed for seed in s.evaluation_seeds() for _ in range(s.eval_rollouts)], EVAL_TEMPERATURE,
                            torch.Generator(s.torch_device).manual_seed(0))
         wins = played.success.view(s.eval_boards, s.eval_rollouts).float().mean(1)  # [boards]
-        said = extra("facts").accuracy(played, self.tokenizer, self.env)  # is the reasoning true?
-        metrics = extra("metrics").describe(played) | said | {"board_success": wins.tolist()}
+        facts = extra("facts").accuracy(played, self.tokenizer, self.env)  # is the reasoning true?
+        metrics = extra("metrics").describe(played) | facts | {"board_success": wins.tolist()}
         return {f"eval_{name}": x for name, x in metrics.items()}
 
 
@@ -329,7 +319,8 @@ def train_arm(settings, algo, credit, seed):
             line |= arm.step() if step else {}
             line |= arm.evaluate() if evaluating or step == s.steps else {}
         except FloatingPointError as error:
-            raise ValueError(f"{algo} {credit} seed {seed}, step {step}: {error} (see {files.checkpoint})") from None
+            where = f"{algo} {credit} seed {seed}, step {step}"
+            raise ValueError(f"{where}: {error} (the checkpoint before it: {files.checkpoint})") from None
         if files.record(line, arm, checkpoint=evaluating or step == s.steps):
             return
 

@@ -4,24 +4,35 @@ Accepted means right: what is sampled is the model's own distribution, what is s
 the tokenizer's template renders holds what it should. Whatever differs is refused in one line.
 """
 
+from datetime import date
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, logging
 
 from rollout import Chat, decoder_for, sample_turn, score
 
+logging.disable_progress_bar()  # a bar for every loaded file would drown that of the training
 TOLERANCE = 1e-3  # nats, in float32
 LONGEST = 600  # ids: beyond a sliding window, where it is not larger
 
 
+# Put before a template that prints today's date, which would be another when the run goes on tomorrow.
+FROZEN_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
+    f"|replace('%{c}', '{date(2025, 1, 1).strftime('%' + c)}')" for c in "aAbBdejmyYHIMSpFDT") + " }}{% endmacro %}"
+
+
 def load_tokenizer(path):
     try:  # tokenizer.json as it stands: AutoTokenizer may rebuild it by model type, and then the ids are others
-        return PreTrainedTokenizerFast.from_pretrained(path)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError):
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    template = tokenizer.chat_template
+    if isinstance(template, str) and "strftime_now" in template and not template.startswith(FROZEN_DATE):
+        tokenizer.chat_template = FROZEN_DATE + template
+    return tokenizer
 
 
 def load(path, device):
@@ -59,6 +70,13 @@ def check_agent(model, tokenizer):
         check_numbers(model, tokenizer)
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:  # recurrent states, say
         raise ValueError(f"rollout cannot play it: its cache or its outputs are of another kind ({error})") from None
+
+
+def recompute_layers(model):
+    """Activations are computed again in the backward pass: less memory, more time."""
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # renamed in transformers 5
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
+    model.train()  # the only mode in which transformers does it; there is no dropout to switch on
 
 
 def without_noise(model):

@@ -6,6 +6,8 @@ import json
 import pkgutil
 from dataclasses import fields, replace
 
+import torch
+
 from actfocus import CREDITS, SIGNALS, Credit
 from train import DEFAULTS, Settings
 
@@ -74,7 +76,9 @@ def check(settings):
         raise ValueError(f"signal: {settings.signal!r} is not one of {', '.join(SIGNALS)}")
     if settings.signal == "shift" and settings.temperature != 1:
         raise ValueError("signal: shift reads the reference at temperature 1, so it needs --temperature 1")
-    settings.torch_device  # a device that is not there is refused here
+    if settings.torch_device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: torch finds no GPU here")
+    torch.empty(0, device=settings.torch_device)  # fails here where there is no such device
     env = settings.make_env()
     env.reset(seed=0)  # as are options that admit no board
     for name, algo in itertools.product(settings.credits, settings.algos):

@@ -54,8 +54,7 @@ class Branch(Transcript):
         """The episode as it stands, to be continued: what was sampled so far is context to it, no response of its own."""
         other = copy.copy(self)
         other.ids, other.logprobs, other.rewards = list(self.ids), list(self.logprobs), list(self.rewards)
-        other.action_mask, other.turn_ids = [False] * len(self.ids), [-1] * len(self.ids)
-        other.env, other.valid, other.notes = copy.deepcopy(self.env), [], []
+        other.turn_ids, other.env, other.valid, other.notes = [-1] * len(self.ids), copy.deepcopy(self.env), [], []
         return other
 
 

@@ -20,37 +20,16 @@ and what is left is plain GRPO. Several turns in one completion work as far as T
 """
 
 import copy
-import re
 import warnings
-from itertools import accumulate, groupby
 
 import torch
 from trl import GRPOTrainer
 
-from actfocus import token_energy, token_weights, weighted_policy_loss
+from actfocus import action_mask, token_energy, token_weights, weighted_policy_loss
 
 # What this loss does not do: the values that GRPOConfig must have
 REQUIRED = {"loss_type": "dapo", "beta": 0.0, "importance_sampling_level": "token", "top_entropy_quantile": 1.0, "delta": None,
             "entropy_coef": 0.0, "use_adaptive_entropy": False, "off_policy_mask_threshold": None}
-
-
-def in_answer(tokenizer, ids):
-    """Which ids of one response hold a character strictly between <answer> and </answer>."""
-    pieces = [tokenizer.decode([i]) for i in ids]
-    ends = list(accumulate(map(len, pieces)))
-    inside = [match.span(1) for match in re.finditer("<answer>(.*?)</answer>", "".join(pieces), re.DOTALL)]
-    return [any(max(end - len(piece), a) < min(end, b) for a, b in inside) for piece, end in zip(pieces, ends)]
-
-
-def answer_mask(tokenizer, ids, sampled):
-    """ids[B, T], sampled[B, T] bool -> [B, T] bool: the action tokens; a run of sampled tokens is a response."""
-    mask = torch.zeros_like(sampled)
-    for row in range(len(ids)):
-        for is_sampled, run in groupby(range(ids.shape[1]), key=sampled[row].tolist().__getitem__):
-            if is_sampled:
-                run = list(run)
-                mask[row, run] = torch.tensor(in_answer(tokenizer, ids[row, run].tolist()), device=mask.device)
-    return mask
 
 
 class ActFocusTrainer(GRPOTrainer):
@@ -87,7 +66,7 @@ class ActFocusTrainer(GRPOTrainer):
         energy = torch.cat([self.energy(part) for part in parts])
         ids = torch.cat([part["completion_ids"] for part in parts])
         response = torch.cat([part["completion_mask"] * part.get("tool_mask", 1) for part in parts]).bool()
-        action = answer_mask(self.processing_class, ids, response)
+        action = action_mask(self.processing_class, ids, response)
         if not action.any():
             warnings.warn("no <answer> in this batch: ActFocus has nothing to weigh, and this is plain GRPO")
         weights = token_weights(energy, action, response, **self.weighting)

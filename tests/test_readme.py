@@ -19,7 +19,7 @@ import train
 from extras import agent as teacher
 from extras import report
 from extras.facts import facts
-from rollout import score
+from rollout import pack, score
 
 ROOT = Path(train.__file__).parent
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "results/README.md"))
@@ -153,7 +153,7 @@ def copied():
     for i, act in enumerate((["Up"], ["Left", "Up"], ["Down"], ["Right"])):
         transcript = scripted(tokenizer, env, i // 2, [f"<think>{i}</think><answer>{' || '.join(act)}</answer>", "<answer>Up"])
         turn, parts = -2, []
-        for token, of_turn, action in zip(transcript.ids, transcript.turn_ids, transcript.action_mask):
+        for token, of_turn in zip(transcript.ids, transcript.turn_ids):
             if of_turn != turn:
                 parts.append(([], of_turn >= 0))
             parts[-1][0].append(token)
@@ -164,7 +164,7 @@ def copied():
     names = {"policy": model, "reference": train.copy.deepcopy(model), "tokenizer": tokenizer,
              "trajectories": [parts for _, parts in played], "returns": torch.tensor([[1.0, 0.0], [0.5, 2.0]]),
              "optimizer": torch.optim.Adam(model.parameters(), 1e-3)}
-    exec(snippet("def action_tokens("), names)
+    exec(snippet("actions = action_mask("), names)
     return names | {"transcripts": [transcript for transcript, _ in played], "before": before}
 
 
@@ -172,7 +172,7 @@ def test_the_copied_loop_finds_the_masks_and_updates(copied):
     for row, transcript in enumerate(copied["transcripts"]):
         n = len(transcript.ids)
         assert copied["ids"][row, :n].tolist() == transcript.ids
-        assert copied["action_mask"][row].tolist()[:n] == transcript.action_mask and any(transcript.action_mask)
+        assert torch.equal(copied["actions"][row, :n], pack([transcript]).action_mask[0]) and copied["actions"][row].any()
         assert copied["response_mask"][row].tolist()[:n] == [turn >= 0 for turn in transcript.turn_ids]
         assert not copied["response_mask"][row, n:].any()
     assert any(not torch.equal(x, copied["before"][name]) for name, x in copied["policy"].state_dict().items())

@@ -64,7 +64,7 @@ def test_trl_with_alpha_1_and_beta_0_is_trls_own_loss(trl_run, recipe, accumulat
 def test_trl_weights_action_tokens_by_the_references_energy_over_the_whole_batch(trl_run, recipe, monkeypatch, instruct_model):
     """The untrained checkpoint never writes a tag, so every third token is taken for one of an action."""
     third = lambda ids: torch.arange(ids.shape[1]).expand_as(ids) % 3 == 0
-    monkeypatch.setattr(recipe, "answer_mask", lambda tokenizer, ids, sampled: sampled & third(ids))
+    monkeypatch.setattr(recipe, "action_mask", lambda tokenizer, ids, sampled: sampled & third(ids))
     trainer = trl_run(watched(recipe.ActFocusTrainer, alpha=0.1, beta=0.5))
     reference = AutoModelForCausalLM.from_pretrained(instruct_model, dtype=torch.float32).eval()
     assert len(trainer.pairs) == 4 and any(abs(mine - theirs) > 1e-6 for mine, theirs, *_ in trainer.pairs)
@@ -83,18 +83,6 @@ def test_trl_weights_action_tokens_by_the_references_energy_over_the_whole_batch
         response, energy = torch.cat(masks), torch.cat(energy)
         torch.testing.assert_close(weights, token_weights(energy, response & third(response), response), atol=1e-5, rtol=0)
     assert "actfocus/approx_kl" in {name for line in trainer.state.log_history for name in line}
-
-
-def test_trl_masks_are_the_characters_between_the_tags_of_each_response(agent, recipe):
-    tokenizer = agent[1]
-    text = "<think>Up</think><answer>Up || Left</answer>"
-    ids = torch.tensor([tokenizer(text).input_ids, tokenizer(text.replace("</answer>", "<answer>")).input_ids])
-    mask = recipe.answer_mask(tokenizer, ids, torch.ones_like(ids, dtype=torch.bool))
-    assert tokenizer.decode(ids[0][mask[0]]) == "Up || Left" and not mask[1].any()
-    turns = [tokenizer(x).input_ids for x in ("<answer>Up", "State: box<answer>", "<think>Left</think><answer>Down</answer>")]
-    ids = torch.tensor([sum(turns, [])])  # the first answer is not closed, and what the environment says is nobody's action
-    sampled = torch.tensor([sum(([i != 1] * len(turn) for i, turn in enumerate(turns)), [])])
-    assert tokenizer.decode(ids[0][recipe.answer_mask(tokenizer, ids, sampled)[0]]) == "Down"
 
 
 def test_trls_settings_that_the_loss_does_not_have_are_refused(trl_run, recipe):
