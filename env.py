@@ -4,8 +4,8 @@ An episode is a conversation. Each turn the environment shows its state as text,
 
     <think> any reasoning </think><answer> Up || Left </answer>
 
-and the environment plays the actions it finds between the answer tags. `reset` and `step` are those of Gymnasium (but
-observations are text, there are no spaces, and its wrappers do not fit):
+and the environment plays the actions it finds between the answer tags. `reset` and `step` are those of Gymnasium, with
+text for observations (`import extras.gym` registers them there):
 
     >>> env = make("sokoban")
     >>> observation, info = env.reset(seed=7)

