@@ -1,90 +1,113 @@
-"""ActFocus in Hugging Face TRL: GRPOTrainer with another loss and nothing else. Use it as you would use GRPOTrainer.
+"""ActFocus in Hugging Face TRL: a GRPOTrainer whose advantages are weighted, and this project's environments for it.
 
-    from extras.trl_trainer import ActFocusTrainer          # or copy this file and actfocus.py into your project
-    trainer = ActFocusTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward_funcs=..., train_dataset=...,
-                              args=GRPOConfig(epsilon_high=0.28, ...))     # the paper's clip; TRL's own default is 0.2
-    trainer.train()
+    from extras.trl_trainer import ActFocusTrainer          # or copy this file (and actfocus.py) into your project
+    trainer = ActFocusTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward_funcs=..., train_dataset=..., args=GRPOConfig(...))
 
-Tried with TRL 1.16.0 on small local checkpoints on a CPU; the tests make 2 steps of 2 micro-batches. With `weighting =
-{"alpha": 1.0, "beta": 0.0}`, loss and gradient are TRL's own (`loss_type="dapo"`, its default). Several GPUs are TRL's
-business and were not run: mu and sigma are then each process's own, the normaliser is everybody's, and the frozen model is
-not sharded.
+w min(rho A, clip(rho) A) = min(rho (w A), clip(rho) (w A)) for w >= 0: a token's weight may stand in its advantage. So all of
+TRL's settings keep their meaning, and (alpha, beta) = (1, 0) is GRPOTrainer bit for bit. Weights have mean 1 over all that is
+generated together, on all processes; under TRL's default loss_type="dapo" that is the paper's division by their sum. KL penalty
+and entropy bonus stay unweighted. epsilon_high is 0.28 where it is not set, the paper's.
 
-Not supported. What is not part of this loss is refused in one line: the KL penalty (beta), the entropy bonus, other loss types,
-sequence-level ratios, top_entropy_quantile, delta, off_policy_mask_threshold, vLLM's importance correction. Images and a
-mixture of experts' auxiliary loss are left out. TRL's `entropy` and `clip_ratio/*` are not logged; `actfocus/*` are.
-
-Only text between <answer> and </answer> counts as an action. An agent that acts by tool calls has none: a warning says so,
-and what is left is plain GRPO. Several turns in one completion work as far as TRL masks the observations (`tool_mask`, or
-`env_mask` from a `rollout_func`): tags are looked for within each run of sampled tokens.
+Several turns, environments and tools: a response is a run of tokens that TRL does not mask (`tool_mask`, or `env_mask` of a
+rollout_func). With tool calls (`environment_factory`), pattern="(?s)<tool_call>(.*?)</tool_call>" finds the actions.
+Tried with TRL 1.16.0 on a CPU, one and two processes. Not run: GPUs, FSDP, DeepSpeed, vLLM. Images are refused.
 """
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import torch
 from trl import GRPOTrainer
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import use_adapter
 
-from actfocus import action_mask, token_energy, token_weights, weighted_policy_loss
-
-# What this loss does not do: the values that GRPOConfig must have
-REQUIRED = {"loss_type": "dapo", "beta": 0.0, "importance_sampling_level": "token", "top_entropy_quantile": 1.0, "delta": None,
-            "entropy_coef": 0.0, "use_adaptive_entropy": False, "off_policy_mask_threshold": None}
+from actfocus import ANSWER, action_mask, token_energy, token_weights
 
 
 class ActFocusTrainer(GRPOTrainer):
-    weighting = {"alpha": 0.1, "beta": 0.5}
+    """GRPOTrainer's arguments and weighting: alpha and beta; pattern: what is an action; reference: the frozen model.
 
-    def __init__(self, *arguments, **options):
+    By default the reference is the model as training starts; of a model with adapters, itself without the new one.
+    """
+
+    def __init__(self, *arguments, weighting={"alpha": 0.1, "beta": 0.5}, pattern=ANSWER, reference=None, **options):
         super().__init__(*arguments, **options)
-        wrong = {name: value for name, value in REQUIRED.items() if getattr(self.args, name, value) != value}
-        if self.args.use_vllm and self.args.vllm_importance_sampling_correction:
-            wrong["vllm_importance_sampling_correction"] = False
-        if wrong:
-            raise ValueError("ActFocusTrainer needs " + ", ".join(f"{name}={value!r}" for name, value in wrong.items()))
-        # The reference: the model as training starts, with the LoRA adapter that it came with
-        self.frozen = copy.deepcopy(self.model).eval().requires_grad_(False).to(self.accelerator.device)
-        for module in self.frozen.modules():  # TRL puts a forward of its own on the model, and its copy would call the policy
+        self.weighting, self.pattern = weighting, pattern
+        if self.args.epsilon_high is None and self.loss_type != "cispo":  # there it is another thing
+            self.epsilon_high = 0.28
+        copied = "ref" in getattr(self.model, "peft_config", {})  # by TRL: the adapter that the model came with
+        if reference is None and (copied or options.get("peft_config")):
+            self.frozen, self.as_reference = None, lambda model: use_adapter(model, "ref" if copied else None)
+            return
+        frozen, self.as_reference = copy.deepcopy(self.model) if reference is None else reference, nullcontext
+        for module in frozen.modules():  # TRL puts a forward of its own on the model, and its copy would call the policy
             vars(module).pop("forward", None)
-
-    def _compute_loss(self, model, inputs):
-        if "weights" not in inputs:
-            self.weigh(self._buffered_inputs if model.training else [inputs], model.training)
-        new, *_ = self._get_per_token_logps_and_entropies(model, *whole(inputs), inputs["completion_ids"].shape[1])
-        old = inputs.get("old_per_token_logps")
-        loss, stats = weighted_policy_loss(
-            new, new.detach() if old is None else old, inputs["advantages"][:, None].expand_as(new), inputs["weights"],
-            clip_low=self.epsilon_low, clip_high=self.epsilon_high, weight_sum=inputs["weight_sum"])
-        for name, value in stats.items():
-            log = self._metrics["train" if model.training else "eval"][f"actfocus/{name}"]
-            log.append(self.accelerator.gather(value).mean().item())
-        return loss
+        frozen.eval().requires_grad_(False)
+        self.frozen = (prepare_deepspeed(frozen, self.accelerator) if self.is_deepspeed_enabled else
+                       prepare_fsdp(frozen, self.accelerator) if self.is_fsdp_enabled else
+                       self.accelerator.prepare_model(frozen, evaluation_mode=True))
 
     @torch.no_grad()
-    def weigh(self, parts, training):
-        """Weights of all that was sampled together, in place: mu and sigma are the batch's, not a micro-batch's."""
-        energy = torch.cat([self.energy(part) for part in parts])
-        ids = torch.cat([part["completion_ids"] for part in parts])
-        response = torch.cat([part["completion_mask"] * part.get("tool_mask", 1) for part in parts]).bool()
-        action = action_mask(self.processing_class, ids, response)
-        if not action.any():
-            warnings.warn("no <answer> in this batch: ActFocus has nothing to weigh, and this is plain GRPO")
-        weights = token_weights(energy, action, response, **self.weighting)
-        # As TRL's own normaliser: the whole generation batch's sum, over all processes, scaled to one optimiser step
-        weight_sum = self.accelerator.reduce(weights.sum()) / self.accelerator.num_processes
-        if training:
-            weight_sum = weight_sum * self.current_gradient_accumulation_steps / len(parts)
-        for part, of_part in zip(parts, weights.split([len(part["completion_ids"]) for part in parts])):
-            part |= {"weights": of_part, "weight_sum": weight_sum}
+    def _generate_and_score_completions(self, inputs):
+        made = super()._generate_and_score_completions(inputs)
+        if "pixel_values" in made:
+            raise ValueError("ActFocusTrainer does not know images")
+        response = (made["completion_mask"] * made.get("tool_mask", 1)).bool()  # [B, T]
+        action = action_mask(self._tokenizer, made["completion_ids"], response, pattern=self.pattern)
+        weights = self.weigh(self.energies(made), action, response)
+        total = lambda x: self.accelerator.reduce(x.sum().float())  # over all processes
+        tokens, actions, weight, of_actions = map(total, (response, action, weights, weights[action]))
+        if not actions:
+            warnings.warn("no action in what was generated: ActFocus has nothing to weigh, and this is plain GRPO")
+        log = self._metrics["train" if self.model.training else "eval"]
+        log["actfocus/action_tokens"].append((actions / tokens.clamp(min=1)).item())
+        log["actfocus/action_weight"].append((of_actions / weight.clamp(min=1e-30)).item())
+        return made | {"advantages": made["advantages"][:, None] * weights * (tokens / weight.clamp(min=1e-30))}
 
-    def energy(self, part):
-        """Of each completion token [B, T], under the frozen reference."""
-        ids, mask = whole(part)
-        length = part["completion_ids"].shape[1]
-        logits = self.frozen(input_ids=ids, attention_mask=mask, logits_to_keep=length + 1).logits
-        return token_energy(logits[:, -length - 1:-1])
+    def energies(self, made):
+        """Of each completion token [B, T] under the reference, as many rows at a time as TRL takes."""
+        ids, mask = (torch.cat([made["prompt_" + name], made["completion_" + name]], 1) for name in ("ids", "mask"))
+        length, energies = made["completion_ids"].shape[1], []
+        model = self.accelerator.unwrap_model(self.model) if self.frozen is None else self.frozen
+        training = model.training
+        model.eval()
+        with self.as_reference(model):
+            for rows in torch.arange(len(ids), device=ids.device).split(self.args.per_device_train_batch_size):
+                logits = model(input_ids=ids[rows], attention_mask=mask[rows], logits_to_keep=length + 1).logits[:, -length - 1:-1]
+                energies += map(token_energy, logits)  # row by row: in float32, all at once would double the memory
+        model.train(training)
+        return torch.stack(energies)
+
+    def weigh(self, energy, action, response):
+        """token_weights [B, T] with mu and sigma of the action tokens of all processes."""
+        weights, own = token_weights(energy, action, response, **self.weighting), energy[action]
+        longest = self.accelerator.pad_across_processes(own, pad_index=float("nan"))
+        everybody = self.accelerator.gather(longest)[None]  # [1, processes * longest]
+        known = ~everybody.isnan()
+        start = self.accelerator.process_index * len(longest)
+        weights[action] = token_weights(everybody, known, known, **self.weighting)[0, start:start + len(own)]
+        return weights
 
 
-def whole(inputs):
-    """(ids, attention mask) of prompts with their completions."""
-    return (torch.cat([inputs["prompt_" + name], inputs["completion_" + name]], 1) for name in ("ids", "mask"))
+def playing(make_env, max_response_tokens=100):
+    """A rollout_func: every prompt of the dataset is a board's seed, as text. Returns and success go to the reward function."""
+    from rollout import rollout
+
+    def rollout_func(prompts, trainer):
+        seeds, model = [int(prompt) for prompt in prompts], trainer.accelerator.unwrap_model(trainer.model)
+        luck = hash((trainer.args.seed, trainer._step, *seeds)) % 2**63
+        played = rollout(model, trainer.processing_class, [make_env() for _ in seeds], seeds=seeds, temperature=trainer.temperature,
+                         max_response_tokens=max_response_tokens, generator=torch.Generator(model.device).manual_seed(luck))
+        spans = [slice(int(sampled.int().argmax()), int(n)) for sampled, n in zip(played.response_mask, played.lengths)]
+        cut = lambda x: [row[span].tolist() for row, span in zip(x, spans)]
+        return {"prompt_ids": [row[:span.start].tolist() for row, span in zip(played.ids, spans)], "completion_ids": cut(played.ids),
+                "logprobs": cut(played.logprobs), "env_mask": cut(played.response_mask.int()),
+                "returns": played.returns.tolist(), "success": played.success.float().tolist()}
+    return rollout_func
+
+
+def episode_return(returns, success, log_metric, **_):
+    """The reward function that goes with `playing`; the log gets `success`."""
+    log_metric("success", sum(success) / len(success))
+    return returns

@@ -1,40 +1,29 @@
-"""ActFocus in verl: a policy loss, registered at verl's own extension point.
+"""ActFocus in verl: weights that stand in the advantages, which verl keeps for each token.
 
-    actor_rollout_ref.actor.policy_loss.loss_mode=actfocus       # once this module is imported by the workers
+w min(rho A, clip(rho) A) = min(rho (w A), clip(rho) (w A)) for w >= 0, and so for verl's dual clip: its own losses, rollout
+correction, KL and entropy terms stay as they are. One line goes into RayPPOTrainer.fit, behind its compute_advantage:
 
-The function, its registration and its agreement with verl's `vanilla` loss at (alpha, beta) = (1, 0) were run with verl 0.9.1
-on a CPU; a training run was not. What could only be read:
+    weigh_advantages(batch.batch, batch.batch["ref_energy"], self.tokenizer)
 
-- verl hands one extra field a token to its losses, `rollout_is_weights`, so the weights travel in it. That rules out verl's
-  rollout correction beside ActFocus.
-- The weights are scaled so that verl's token count is their sum. With several minibatches a step, that sum is the whole
-  batch's, not the minibatch's.
-- Two things are left to you. Call `add_weights` where `ref_log_prob` joins the batch (RayPPOTrainer.fit), so that batch.batch
-  carries the weights to the loss. And add the energy to the reference worker's output where the log-probs are made from logits
-  (`prepare_model_outputs` of the FSDP engine), before verl divides them by the temperature.
+and the reference worker has to send `ref_energy` [B, responses' T] along: -logsumexp of its logits, where it makes log-probs of
+them (`prepare_model_outputs` of the FSDP engine), before verl divides them by the temperature. Weights have mean 1 over a step's
+batch; of several minibatches, each then has nearly that. Run with verl 0.9.1 on a CPU: this function, and with it verl's vanilla
+loss and its actor's `ppo_loss`. Only read: the trainer, the engines, a training run.
 
-The action mask is to be found on the sampled ids, within each response: rollout.Chat.actions, or `in_answer` of trl_trainer.py.
+prime-rl, too, has an advantage a token (`advantages` of prime_rl.trainer.rl.loss.compute_loss, commit 851c48f, read only): multiply
+them where its orchestrator makes them. It clips the ratio from above alone, which is homogeneous as well.
 """
 
-from verl.trainer.ppo.core_algos import register_policy_loss
-
-from actfocus import token_weights, weighted_policy_loss
+from actfocus import ANSWER, action_mask, token_weights
 
 
-def add_weights(batch, energy, action_mask, alpha=0.1, beta=0.5):
-    """Put the token weights into the batch; energy and action_mask are [B, T], as batch["response_mask"]."""
+def weigh_advantages(batch, energy, tokenizer, *, alpha=0.1, beta=0.5, pattern=ANSWER):
+    """Multiply batch["advantages"] by ActFocus's weights in place; all [B, T] over the responses, as batch["response_mask"].
+
+    energy[B, T]: -logsumexp of the frozen reference's raw logits. A response is a run of response_mask (verl leaves
+    observations out of it).
+    """
     mask = batch["response_mask"].bool()
-    weights = token_weights(energy, action_mask & mask, mask, alpha=alpha, beta=beta)
-    batch["rollout_is_weights"] = weights * (mask.sum() / weights.sum())
-
-
-@register_policy_loss("actfocus")
-def actfocus_loss(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None,
-                  rollout_is_weights=None):
-    """The weighted loss with verl's signature."""
-    info, weights = config.global_batch_info, rollout_is_weights * response_mask
-    # The weights were scaled to add up to the number of tokens, so verl's global token count is their sum.
-    weight_sum = info["batch_num_tokens"] / info["dp_size"] if info.get("batch_num_tokens") else weights.sum()
-    loss, stats = weighted_policy_loss(log_prob, old_log_prob, advantages, weights, weight_sum=weight_sum,
-                                       clip_low=config.clip_ratio_low, clip_high=config.clip_ratio_high)
-    return loss, {"actor/ppo_kl": stats["approx_kl"].item(), "actor/pg_clipfrac": stats["clip_fraction"].item()}
+    actions = action_mask(tokenizer, batch["responses"], mask, pattern=pattern)
+    weights = token_weights(energy, actions, mask, alpha=alpha, beta=beta)
+    batch["advantages"] = batch["advantages"] * weights * (mask.sum() / weights.sum().clamp(min=1e-30))

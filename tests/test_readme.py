@@ -264,3 +264,13 @@ def test_a_copied_file_works_alone(name, tmp_path):
             f"assert new <= {{'{name}', 'torch'}}, new")
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_the_snippet_for_trl_trains(tmp_path):
+    pytest.importorskip("trl")
+    code = snippet("ActFocusTrainer(model=model").replace("runs/trl", str(tmp_path)).replace("max_steps=20", "max_steps=1, logging_steps=1")
+    (tmp_path / "mine.py").write_text(code)
+    done = subprocess.run([sys.executable, tmp_path / "mine.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and "success" in done.stdout and "actfocus/action_weight" in done.stdout, done.stderr[-2000:]

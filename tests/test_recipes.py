@@ -1,10 +1,18 @@
 """The recipes for other frameworks, in extras/. TRL and verl are not requirements: without them, tests skip."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actfocus import token_weights, weighted_policy_loss
+from actfocus import action_mask, token_weights, weighted_policy_loss
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -16,104 +24,207 @@ def recipe():
 
 @pytest.fixture
 def trl_run(recipe, instruct_model, tmp_path):
-    """run(trainer class, settings of GRPOConfig) -> a trainer that has made 2 steps on a tiny checkpoint."""
+    """run(trainer class, options of the trainer, settings of GRPOConfig) -> a trainer that has made its steps on a tiny model."""
     import datasets
     from trl import GRPOConfig
 
-    def run(cls, **more):
-        options = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=2, learning_rate=1e-3,
-                       per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=4, max_completion_length=30,
-                       epsilon_high=0.28, save_strategy="no", logging_steps=1, disable_tqdm=True) | more
+    def run(cls, options={}, **more):
+        settings = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=2, learning_rate=1e-3,
+                        per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=4, max_completion_length=30,
+                        epsilon_high=0.28, save_strategy="no", logging_steps=1, disable_tqdm=True) | more
         prompts = [[{"role": "user", "content": f"Play {word}."}] for word in ("Up", "Down", "Left", "Right")]
-        trainer = cls(model=str(instruct_model), reward_funcs=lambda completions, **_: [len(str(c)) % 7 / 7 for c in completions],
-                      args=GRPOConfig(**options), train_dataset=datasets.Dataset.from_dict({"prompt": prompts}))
-        for module in trainer.model.modules():  # the checkpoint's; two passes are compared, which must not draw differently
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
+        model = AutoModelForCausalLM.from_pretrained(instruct_model, dtype=torch.float32, attention_dropout=0.0)
+        options = {"model": model, "processing_class": AutoTokenizer.from_pretrained(instruct_model)} | options
+        trainer = cls(reward_funcs=lambda completions, **_: [len(str(c)) % 7 / 7 for c in completions],
+                      args=GRPOConfig(**settings), train_dataset=datasets.Dataset.from_dict({"prompt": prompts}), **options)
         trainer.train()
         return trainer
     return run
 
 
-def watched(cls, **weighting):
-    """The recipe's trainer, which also notes TRL's own loss of every micro-batch."""
-    class Watched(cls):
-        def _compute_loss(self, model, inputs):
-            mine, theirs = super()._compute_loss(model, inputs), super(cls, self)._compute_loss(model, inputs)
-            gradients = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in (mine, theirs)]
-            self.__dict__.setdefault("pairs", []).append((mine.item(), theirs.item(), gradients, dict(inputs)))
-            return mine
-    Watched.weighting = weighting
-    return Watched
+SAME = [{}, {"steps_per_generation": 1, "max_steps": 3}, {"gradient_accumulation_steps": 1, "steps_per_generation": 2},
+        {"steps_per_generation": 3, "max_steps": 3}, {"num_iterations": 2, "max_steps": 4}, {"loss_type": "grpo"},
+        {"gradient_accumulation_steps": 3, "steps_per_generation": 2, "max_steps": 2}, {"beta": 0.1}, {"entropy_coef": 0.05},
+        {"delta": 1.5}, {"loss_type": "dr_grpo"}, {"loss_type": "cispo", "epsilon_high": 5.0}, {"top_entropy_quantile": 0.5},
+        {"importance_sampling_level": "sequence"}, {"off_policy_mask_threshold": 0.1}, {"mask_truncated_completions": True}]
 
 
-@pytest.mark.parametrize("accumulation, generated", [(2, 2), (2, 1), (1, 2)])
-def test_trl_with_alpha_1_and_beta_0_is_trls_own_loss(trl_run, recipe, accumulation, generated):
-    """Also where what is generated together is not what an optimiser step uses."""
-    with pytest.warns(UserWarning, match="no <answer>"):
-        trainer = trl_run(watched(recipe.ActFocusTrainer, alpha=1.0, beta=0.0), gradient_accumulation_steps=accumulation,
-                          steps_per_generation=generated)
-    assert len(trainer.pairs) == 2 * accumulation and trainer.state.global_step == 2
-    assert any(abs(mine) > 1e-3 for mine, *_ in trainer.pairs)
-    for mine, theirs, gradients, _ in trainer.pairs:
-        assert mine == pytest.approx(theirs, abs=1e-6)
-        for a, b in zip(*gradients):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+@pytest.mark.parametrize("settings", [pytest.param(x, marks=pytest.mark.slow if n > 2 else ()) for n, x in enumerate(SAME)], ids=str)
+def test_trl_with_alpha_1_and_beta_0_is_trls_own_trainer(trl_run, recipe, settings):
+    """Whatever is generated, accumulated and iterated together, and with every setting: the same losses and weights."""
+    from trl import GRPOTrainer
+    with pytest.warns(UserWarning, match="no action"):
+        ours = trl_run(recipe.ActFocusTrainer, {"weighting": {"alpha": 1.0, "beta": 0.0}}, **settings)
+    theirs = trl_run(GRPOTrainer, **settings)
+    logs = [[{name: value for name, value in line.items() if "actfocus" not in name and "time" not in name and "second" not in name}
+             for line in x.state.log_history if "loss" in line] for x in (ours, theirs)]
+    assert logs[0] == logs[1] and len(logs[0]) == ours.state.global_step and any(line["grad_norm"] > 0 for line in logs[0])
+    assert {"entropy", "clip_ratio/region_mean"} <= logs[0][0].keys() or settings.get("loss_type") == "cispo"
+    rounding = 2e-5 if "importance_sampling_level" in settings else 0  # there the sum goes over tokens instead of rows
+    for x, y in zip(ours.model.parameters(), theirs.model.parameters()):
+        torch.testing.assert_close(x, y, atol=rounding, rtol=0)
 
 
-def test_trl_weights_action_tokens_by_the_references_energy_over_the_whole_batch(trl_run, recipe, monkeypatch, instruct_model):
+def test_trl_weights_action_tokens_by_the_references_energy_over_all_that_is_generated(trl_run, recipe, monkeypatch, instruct_model):
     """The untrained checkpoint never writes a tag, so every third token is taken for one of an action."""
     third = lambda ids: torch.arange(ids.shape[1]).expand_as(ids) % 3 == 0
-    monkeypatch.setattr(recipe, "action_mask", lambda tokenizer, ids, sampled: sampled & third(ids))
-    trainer = trl_run(watched(recipe.ActFocusTrainer, alpha=0.1, beta=0.5))
+    monkeypatch.setattr(recipe, "action_mask", lambda tokenizer, ids, sampled, pattern: sampled & third(ids))
+    seen = []
+
+    class Watched(recipe.ActFocusTrainer):
+        def _generate_and_score_completions(self, inputs):
+            with monkeypatch.context() as patch:
+                plain = recipe.GRPOTrainer._generate_and_score_completions
+                patch.setattr(recipe.GRPOTrainer, "_generate_and_score_completions", lambda *x: seen.append(plain(*x)) or seen[-1])
+                seen.append(super()._generate_and_score_completions(inputs))
+            return seen[-1]
+    trainer = trl_run(Watched)
     reference = AutoModelForCausalLM.from_pretrained(instruct_model, dtype=torch.float32).eval()
-    assert len(trainer.pairs) == 4 and any(abs(mine - theirs) > 1e-6 for mine, theirs, *_ in trainer.pairs)
-    for first, second in zip(trainer.pairs[::2], trainer.pairs[1::2]):  # the micro-batches of one optimiser step
-        parts = [first[3], second[3]]
-        weights = torch.cat([part["weights"] for part in parts])
-        assert all(part["weight_sum"].item() == pytest.approx(weights.sum().item()) for part in parts)
-        energy, masks = [], []
-        for part in parts:
-            ids, mask = (torch.cat([part[f"prompt_{x}"], part[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-            n = part["completion_ids"].shape[1]
-            with torch.no_grad():
-                logits = reference(input_ids=ids, attention_mask=mask).logits[:, -n - 1:-1].float()
-            energy.append(-torch.logsumexp(logits, -1))
-            masks.append(part["completion_mask"].bool())
-        response, energy = torch.cat(masks), torch.cat(energy)
-        torch.testing.assert_close(weights, token_weights(energy, response & third(response), response), atol=1e-5, rtol=0)
-    assert "actfocus/approx_kl" in {name for line in trainer.state.log_history for name in line}
+    assert len(seen) == 4 and any(not torch.equal(x, reference.state_dict()[name])
+                                  for name, x in trainer.model.state_dict().items())
+    for before, made in zip(seen[::2], seen[1::2]):
+        ids, mask = (torch.cat([made[f"prompt_{x}"], made[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        n, response = made["completion_ids"].shape[1], made["completion_mask"].bool()
+        with torch.no_grad():
+            logits = reference(input_ids=ids, attention_mask=mask).logits[:, -n - 1:-1].float()
+        weights = token_weights(-torch.logsumexp(logits, -1), response & third(response), response)
+        expected = before["advantages"][:, None] * weights * response.sum() / weights.sum()
+        torch.testing.assert_close(made["advantages"], expected, atol=1e-5, rtol=1e-4)
+        assert len(made["advantages"]) == 8  # both micro-batches
+    line = trainer.state.log_history[0]
+    assert 0.3 < line["actfocus/action_tokens"] < 0.4 and 0.8 < line["actfocus/action_weight"] < 1 and "entropy" in line
 
 
-def test_trls_settings_that_the_loss_does_not_have_are_refused(trl_run, recipe):
-    for name, value in (("beta", 0.04), ("loss_type", "grpo"), ("importance_sampling_level", "sequence"), ("entropy_coef", 0.01),
-                        ("top_entropy_quantile", 0.2), ("delta", 2.0), ("off_policy_mask_threshold", 0.1)):
-        with pytest.raises(ValueError, match=f"ActFocusTrainer needs {name}="):
-            trl_run(recipe.ActFocusTrainer, **{name: value})
+def test_trls_loss_with_weighted_advantages_is_the_weighted_loss(randn):
+    """What the recipe rests on, where ratios are clipped too."""
+    logprobs, old, advantages = (x.float() for x in (randn(4, 9), randn(4, 9), randn(4, 9)))
+    weights = randn(4, 9).abs().float()
+    loss, _ = weighted_policy_loss(logprobs, old, advantages, weights)
+    ratio, scaled = (logprobs - old).exp(), advantages * weights * weights.numel() / weights.sum()
+    torch.testing.assert_close(-torch.min(ratio * scaled, ratio.clamp(0.8, 1.28) * scaled).mean(), loss)
 
 
-def test_verls_registered_loss_is_the_weighted_loss_and_with_1_0_its_own(randn):
+def test_trls_reference_is_the_model_as_training_starts_or_the_one_that_is_given(trl_run, recipe, instruct_model):
+    start = AutoModelForCausalLM.from_pretrained(instruct_model, dtype=torch.float32)
+    frozen = trl_run(recipe.ActFocusTrainer).frozen
+    assert all(torch.equal(x, y) for x, y in zip(frozen.parameters(), start.parameters()))
+    with torch.no_grad():
+        for x in start.parameters():
+            x += 0.1
+    assert trl_run(recipe.ActFocusTrainer, {"reference": start}).frozen is start
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+@pytest.mark.parametrize("trained", [False, True], ids=["new adapter", "trained adapter"])
+def test_a_lora_policys_reference_is_itself_without_the_new_adapter(trl_run, recipe, instruct_model, trained, kl):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model, options = AutoModelForCausalLM.from_pretrained(instruct_model, dtype=torch.float32, attention_dropout=0.0), {}
+    if trained:
+        model = peft.get_peft_model(model, lora)
+        with torch.no_grad():
+            for name, x in model.named_parameters():
+                if "lora_B" in name:
+                    x += 0.5
+    else:
+        options = {"peft_config": lora}
+    ids = torch.arange(40).view(4, 10)
+    made = {"prompt_ids": ids[:, :4], "completion_ids": ids[:, 4:], "prompt_mask": torch.ones(4, 4), "completion_mask": torch.ones(4, 6)}
+    with torch.no_grad():
+        expected = -torch.logsumexp(model.eval()(ids).logits[:, 3:-1], -1)
+    trainer = trl_run(recipe.ActFocusTrainer, options | {"model": model}, beta=kl, learning_rate=0.1)
+    torch.testing.assert_close(trainer.energies(made), expected)
+    with torch.no_grad():
+        assert not torch.allclose(-torch.logsumexp(trainer.model.eval()(ids).logits[:, 3:-1], -1), expected, atol=1e-3)
+
+
+PROCESSES = """
+import json, sys
+sys.path.insert(0, {root!r})
+import torch, datasets
+from trl import GRPOConfig
+from train import Settings, load_agent
+from extras.trl_trainer import ActFocusTrainer, episode_return, playing
+settings, processes = Settings(), int(sys.argv[1])
+model, tokenizer = load_agent(settings.agent, "cpu")
+play = playing(settings.make_env)
+def by_board(prompts, trainer):  # what is sampled on a board then does not depend on the boards beside it
+    parts = [play(prompts[i:i + 4], trainer) for i in range(0, len(prompts), 4)]
+    return {{name: sum((part[name] for part in parts), []) for name in parts[0]}}
+args = GRPOConfig(output_dir={out!r} + sys.argv[1], use_cpu=True, bf16=False, report_to=[], max_steps=2, learning_rate=1e-3,
+                  per_device_train_batch_size=8 // processes, gradient_accumulation_steps=2, num_generations=4, temperature=1.0,
+                  save_strategy="no", logging_steps=1, disable_tqdm=True)
+trainer = ActFocusTrainer(model=model, processing_class=tokenizer, reward_funcs=episode_return, rollout_func=by_board, args=args,
+                          train_dataset=datasets.Dataset.from_dict({{"prompt": [str(seed) for seed in range(16)]}}))
+trainer.train()
+if trainer.accelerator.is_main_process:
+    print("LOG", json.dumps([line for line in trainer.state.log_history if "loss" in line]))
+"""
+
+
+@pytest.mark.slow
+def test_sokoban_through_trl_has_the_same_metrics_on_one_process_and_on_two(recipe, tmp_path):
+    script, logs = tmp_path / "train_trl.py", []
+    script.write_text(PROCESSES.format(root=str(ROOT), out=str(tmp_path / "out")))
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29517", script, processes]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240,
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        logs.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("LOG"))[4:]))
+    for one, two in zip(*logs):
+        for name in ("loss", "grad_norm", "reward", "success", "actfocus/action_tokens", "actfocus/action_weight", "entropy"):
+            assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-4), name
+    assert len(logs[0]) == 2 and logs[0][0]["grad_norm"] > 0 and 0.03 < logs[0][0]["actfocus/action_tokens"] < 0.1
+
+
+@pytest.mark.parametrize("loss", ["vanilla", "the actor's"])
+def test_verls_losses_with_weighted_advantages_are_the_weighted_loss_and_with_1_0_their_own(agent, randn, loss):
     algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+    from tensordict import TensorDict
     from verl.workers.config import ActorConfig
+    from verl.workers.utils import losses
 
-    from extras.verl_loss import add_weights
+    from extras.verl_loss import weigh_advantages
     config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=2, clip_ratio=0.2, clip_ratio_low=0.2,
-                         clip_ratio_high=0.28, clip_ratio_c=100.0)
-    logprobs, old, advantages = (x.float() for x in (0.1 * randn(4, 9), 0.1 * randn(4, 9), randn(4, 9)))
-    mask = torch.arange(9) < torch.tensor([[9], [4], [6], [7]])
-    action = mask & (torch.arange(9) % 3 == 0)
-    energy = randn(4, 9)
-    for alpha, beta in ((0.1, 0.5), (1.0, 0.0)):
-        batch = {"response_mask": mask.long()}
-        add_weights(batch, energy, action, alpha, beta)
-        config.global_batch_info.update(dp_size=1, batch_num_tokens=int(mask.sum()), global_batch_size=4, loss_scale_factor=None)
-        loss = 0.0
+                         clip_ratio_high=0.28, clip_ratio_c=100.0, use_kl_loss=False, entropy_coeff=0.0)
+    tokenizer = agent[1]
+    texts = [tokenizer(f"<think>The box.</think><answer>{act}</answer>").input_ids for act in ("Up", "Up || Left", "Down", "")]
+    width = max(map(len, texts))
+    responses = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in texts])
+    mask = torch.arange(width) < torch.tensor([[len(ids)] for ids in texts])
+    logprobs, old, advantages, energy = (0.3 * randn(4, width).float() for _ in range(4))
+    logprobs.requires_grad_()
+    actions = action_mask(tokenizer, responses, mask)
+    assert actions.any(1).tolist() == [True, True, True, False]
+
+    def of_verl(advantages):
+        info = dict(dp_size=1, batch_num_tokens=int(mask.sum()), global_batch_size=4)
+        total = 0.0
         for rows in (slice(0, 2), slice(2, 4)):  # micro-batches
-            loss += algos.get_policy_loss_fn("actfocus")(
-                old_log_prob=old[rows], log_prob=logprobs[rows], advantages=advantages[rows], response_mask=mask[rows],
-                config=config, rollout_is_weights=batch["rollout_is_weights"][rows])[0]
-        expected, _ = weighted_policy_loss(logprobs, old, advantages, token_weights(energy, action, mask, alpha=alpha, beta=beta))
-        torch.testing.assert_close(loss, expected)
-    plain, _ = algos.get_policy_loss_fn("vanilla")(old_log_prob=old, log_prob=logprobs, advantages=advantages, response_mask=mask,
-                                                   config=config)
-    torch.testing.assert_close(loss, plain)
+            fields = {"old_log_probs": old[rows], "advantages": advantages[rows], "response_mask": mask[rows]}
+            if loss == "vanilla":
+                config.global_batch_info.update(**info, loss_scale_factor=None)
+                total += algos.get_policy_loss_fn("vanilla")(
+                    old_log_prob=old[rows], log_prob=logprobs[rows], advantages=advantages[rows], response_mask=mask[rows],
+                    config=config)[0]
+            else:
+                with pytest.MonkeyPatch.context() as patch:  # the log-probs are padded already
+                    patch.setattr(losses, "no_padding_2_padding", lambda x, data: x)
+                    nested = {name: torch.nested.as_nested_tensor([row[m] for row, m in zip(x, mask[rows])], layout=torch.jagged)
+                              for name, x in fields.items()}
+                    data = TensorDict({**nested, **{k: v for k, v in info.items()}}, batch_size=[])
+                    longest = int(mask[rows].sum(1).max())
+                    total += losses.ppo_loss(config, {"log_probs": logprobs[rows, :longest]}, data)[0]
+        gradient, = torch.autograd.grad(total, logprobs)
+        return total.detach(), gradient
+
+    for alpha, beta in ((0.1, 0.5), (1.0, 0.0)):
+        batch = {"response_mask": mask.long(), "responses": responses, "advantages": advantages}
+        weigh_advantages(batch, energy, tokenizer, alpha=alpha, beta=beta)
+        expected, _ = weighted_policy_loss(logprobs, old, advantages, token_weights(energy, actions, mask, alpha=alpha, beta=beta))
+        gradient, = torch.autograd.grad(expected, logprobs)
+        for got, right in zip(of_verl(batch["advantages"]), (expected.detach(), gradient)):
+            torch.testing.assert_close(got, right, atol=1e-6, rtol=1e-4)
+    for got, right in zip(of_verl(advantages), of_verl(batch["advantages"])):
+        torch.testing.assert_close(got, right)
