@@ -1,11 +1,11 @@
-"""Does energy of action tokens track a group's reward variance, and who gives the gradient? Measured on an agent.
+"""Will ActFocus help this agent? Where its returns are decided, and what energy says, measured before any training.
 
     python -m extras.diagnose                                           # the built-in agent, 200 groups of 16: minutes
     python -m extras.diagnose --checkpoint runs/latest/arms/grpo-actfocus-0.pt --signal nll
 
-Writes diagnosis.json and, with matplotlib, diagnosis.png to --out. Where a group's rollouts have no spread of returns,
-GRPO has nothing to learn from it: that is what the paper's filter, the group normalisation and this correlation are
-about.
+First, by nested sampling (extras/decided.py), the share of the returns' variance that is decided in the answer rather than in the
+reasoning, and a verdict. Then the paper's own statistic, how energy of action tokens tracks a group's reward variance, and who
+gives the gradient. Writes diagnosis.json and, with matplotlib, diagnosis.png to --out.
 """
 
 import json
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from actfocus import SIGNALS, token_weights, variance_filter, weighted_policy_loss
 from env import draw_boards
+from extras.decided import decided, verdict
 from extras.options import SettingsParser
 from extras.report import described, pyplot
 from extras.runs import write
@@ -131,14 +132,23 @@ def main(arguments=None):
     parser, started = SettingsParser("python -m extras.diagnose", description=__doc__.split("\n\n")[0]), time.perf_counter()
     parser.add_argument("--checkpoint", help="an arm's, DIR/arms/*.pt; its run's settings are used (default: the agent before training)")
     parser.add_argument("--groups", type=int, default=200, help="groups that are played (default: 200)")
+    parser.add_argument("--nested-boards", type=int, default=24, help="boards of the nested sampling (default: 24)")
     arm, options = agent_at(parser, parser.parse_args(arguments).checkpoint, arguments=arguments)
-    if options.groups < 2:
-        parser.error(f"groups: {options.groups} is fewer than 2")
+    for name in ("groups", "nested_boards"):
+        if vars(options)[name] < 2:
+            parser.error(f"{name}: {vars(options)[name]} is fewer than 2")
     found, means, variance = diagnose(arm, options.groups)
+    nested = decided(arm, options.nested_boards)
+    print(f"Where the variance of returns is decided, {nested['episodes']} episodes from {options.nested_boards} boards:")
+    for turns in ("first turn", "all turns"):
+        part = nested[turns]
+        number = lambda x: "none" if x is None else f"{x:.2f}"
+        print(f"  {turns:10}  reasoning {part['reasoning']:.2f}, answer {part['answer']:.2f}, later {part['later']:.2f}; share of the "
+              f"answer {number(part['share'])} [{'..'.join(map(number, part['interval']))}]: {verdict(part)}")
     out, rho, s = Path(arm.settings.out), found["spearman"], arm.settings
     out.mkdir(parents=True, exist_ok=True)
     plain = {name: [None if math.isnan(x) else x for x in values] for name, values in rho.items()}
-    write(out / "diagnosis.json", json.dumps(found | {"agent": options.checkpoint or "base", "config": described(s), "spearman": plain,
+    write(out / "diagnosis.json", json.dumps(found | {"decided": nested, "agent": options.checkpoint or "base", "config": described(s), "spearman": plain,
                                                       "seconds": time.perf_counter() - started}, indent=1) + "\n")
     drawn = plot(means, variance, rho, out / "diagnosis.png")
     print(f"{found['groups']} groups of {s.rollouts}, {options.checkpoint or 'the agent before training'}, temperature "

@@ -79,7 +79,7 @@ def test_the_diagnosis_of_an_agent_and_of_a_checkpoint(trained, tmp_path, monkey
     monkeypatch.setattr(diagnose, "rank_correlation", partial(rank_correlation, draws=50))
     out, checkpoint = trained
     for arguments in (words([]), ["--checkpoint", checkpoint, "--signal", "nll"]):  # with its run's other settings
-        code, output, error = call(diagnose.main, *arguments, "--groups", "2", "--out", tmp_path)
+        code, output, error = call(diagnose.main, *arguments, "--groups", "2", "--nested-boards", "2", "--out", tmp_path)
         assert code == 0, error
         found = strict((tmp_path / "diagnosis.json").read_text())
         assert found["groups"] == 2 and found["seconds"] > 0 and found["config"]["rollouts"] == 4
@@ -100,7 +100,7 @@ def test_an_agent_without_an_answer_is_diagnosed_too(agent, tmp_path):
     for part in agent[:2]:
         part.save_pretrained(tmp_path / "agent")
     code, output, error = call(diagnose.main, *words([]), "--model", tmp_path / "agent", "--max-response-tokens", "3",
-                               "--groups", "2", "--out", tmp_path)
+                               "--groups", "2", "--nested-boards", "2", "--out", tmp_path)
     assert code == 0 and "constant" in output, error
     found = strict((tmp_path / "diagnosis.json").read_text())
     assert found["action_fraction"] == found["groups_with_spread"] == 0
@@ -111,7 +111,7 @@ def test_where_nothing_has_weight_there_is_no_share_of_a_gradient(tmp_path, monk
     """alpha 0, and not one answer in groups whose returns differ."""
     answers = (("hm",), ("hm", "well"))
     monkeypatch.setattr(show.Arm, "play", lambda arm, *_: trajectories_of(arm, RETURNS, answers=answers))
-    code, _, error = call(diagnose.main, "--alpha", "0", "--groups", "2", "--prompts", "2", "--rollouts", "3",
+    code, _, error = call(diagnose.main, "--alpha", "0", "--groups", "2", "--nested-boards", "2", "--prompts", "2", "--rollouts", "3",
                           "--keep", "1", "--out", tmp_path)
     assert code == 0, error
     assert strict((tmp_path / "diagnosis.json").read_text())["grad_share_action"] == {"uniform": 0, "actfocus": None}

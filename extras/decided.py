@@ -1,0 +1,115 @@
+"""Where is the return decided, in the reasoning or in the answer? Estimated before any training, by nested sampling.
+
+ActFocus holds the reasoning's gradient back, which costs nothing where the agent decides in its answer, and much where it decides
+while it reasons. For each of n states (boards, at one of their turns): m reasonings, up to and with `</think>`; for each, k
+answers; for each of those, c continuations of the episode, each with luck of its own. R[n, m, k, c] is the return. With MS the
+mean over states of sample variances, unbiased components of a nested analysis of variance are
+
+    later      s2_l = MS_c(R)
+    answer     s2_a = MS_k(mean_c R) - s2_l / c
+    reasoning  s2_z = MS_m(mean_kc R) - s2_a / k - s2_l / (k c)
+    share      s2_a / (s2_a + s2_z)
+
+A component that is 0 is estimated around 0, also below; the share may then lie outside [0, 1].
+"""
+
+import copy
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from actfocus import token_spans
+from env import draw_boards
+from rollout import begin, decoder_for, play, sample_turn
+from train import EVALUATION_SEED
+
+CLOSING = "</think>"
+
+
+def components(returns):
+    """R[n, m, k, c] -> {"reasoning", "answer", "later"}: unbiased components of its variance; m, k and c are at least 2."""
+    n, m, k, c = returns.shape
+    later = returns.var(3, ddof=1).mean()
+    answer = returns.mean(3).var(2, ddof=1).mean() - later / c
+    reasoning = returns.mean((2, 3)).var(1, ddof=1).mean() - answer / k - later / (k * c)
+    return {"reasoning": float(reasoning), "answer": float(answer), "later": float(later)}
+
+
+def share(of):
+    total = of["answer"] + of["reasoning"]
+    return of["answer"] / total if total > 0 else None
+
+
+def with_interval(returns, rng, draws=2000):
+    """The components, the share decided in the answer and its 95 % interval; states are drawn again. None: nothing varies."""
+    again = (share(components(returns[rng.integers(len(returns), size=len(returns))])) for _ in range(draws))
+    again = [x for x in again if x is not None]
+    bounds = np.percentile(again, [2.5, 97.5]).tolist() if len(again) > draws / 2 else [None, None]
+    return components(returns) | {"share": share(components(returns)), "interval": bounds}
+
+
+def verdict(found):
+    low, high = found["interval"]
+    if low is not None and low > 0.5:
+        return "hold the reasoning back: the answer decides"
+    if high is not None and high < 0.5:
+        return "do not hold the reasoning back: it decides, and the answer follows it"
+    return "cannot tell: more boards narrow the interval"
+
+
+@torch.no_grad()
+def nested_returns(arm, turn, boards, m, k, c):
+    """R[n, m, k, c] from the states before the `turn`-th response (from 0) on those boards that get so far -> float64."""
+    s, stop_ids = arm.settings, None
+
+    def responses(texts):
+        """A sampled continuation of each text [ids so far], up to the end of its turn."""
+        decoder = decoder_for(arm.policy)(arm.policy, s.temperature, arm.generator)
+        drawn = sample_turn(decoder, dict(enumerate(texts)), stop_ids, s.max_response_tokens)
+        return [drawn[row][0] for row in range(len(texts))]
+
+    fresh = lambda seeds: begin(arm.policy, arm.tokenizer, [copy.deepcopy(arm.env) for _ in seeds], seeds, s.max_response_tokens)
+    states = fresh(boards)
+    stop_ids, pieces = states[0].chat.stop_ids, {}
+    for _ in range(turn):
+        states = [state for state, ids in zip(states, responses([state.ids for state in states])) if state.respond(ids)]
+        if not states:
+            return np.zeros((0, m, k, c))
+    reasonings = []
+    for state, ids in zip(np.repeat(states, m), responses([state.ids for state in states for _ in range(m)])):
+        text, _, ends = token_spans(arm.tokenizer, ids, pieces)
+        place = text.find(CLOSING)
+        n = len(ids) if place < 0 else next(i + 1 for i, end in enumerate(ends) if end >= place + len(CLOSING))
+        reasonings.append((state, ids[:n], n == len(ids)))  # a response that is nothing but reasoning has no answer to draw
+    pairs = [pair for pair in reasonings for _ in range(k)]
+    rest = responses([state.ids + ids for state, ids, _ in pairs])
+    playing, everyone = [], []
+    for (state, ids, whole), answer in zip(pairs, rest):
+        for _ in range(c):
+            other = copy.deepcopy(state, {id(state.chat): state.chat})
+            other.env.rng = np.random.default_rng(arm.rng.integers(2**63))  # its own luck, from this turn on
+            everyone.append(other)
+            if other.respond((ids if whole else ids + answer)[:s.max_response_tokens]):
+                playing.append(other)
+    if playing:
+        play(arm.policy, playing, s.temperature, s.max_response_tokens, arm.generator)
+    return np.array([sum(x.rewards) for x in everyone]).reshape(len(states), m, k, c)
+
+
+def decided(arm, boards, m=6, k=4, c=2, batch=8):
+    """Components, share and interval at the first turn, and over the states of all turns -> {"first turn": ..., "all turns": ...}."""
+    seeds, rng = draw_boards(arm.env, arm.rng, boards, EVALUATION_SEED, arm.held_out), np.random.default_rng(0)
+    parts = [seeds[i:i + batch] for i in range(0, boards, batch)]
+    of_turn = [[] for _ in range(arm.env.max_turns)]
+    arm.policy.eval()
+    with arm.settings.autocast():
+        for part in tqdm(parts, desc="nested sampling", unit="batch", leave=False, disable=None):
+            for turn, found in enumerate(of_turn):
+                returns = nested_returns(arm, turn, part, m, k, c)
+                if not len(returns):
+                    break
+                found.append(returns)
+    of_turn = [np.concatenate(found) for found in of_turn if found]
+    found = {"first turn": with_interval(of_turn[0], rng), "all turns": with_interval(np.concatenate(of_turn), rng)}
+    return found | {"episodes": sum(x.size for x in of_turn), "design": [boards, m, k, c]}
