@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -31,10 +32,19 @@ README = Path(__file__).resolve().parents[1] / "results" / "README.md"
 # A run ----------------------------------------------------------------------------------------------------------------
 
 
+def commit():
+    """The commit of this code, with -dirty where files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def described(settings):
     """A run's settings, less its directory, and what it ran on."""
     config = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
-    return config | {"made_with": {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count(),
+    return config | {"made_with": {"commit": commit(), "python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count(),
                                    "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}}
 
 

@@ -234,7 +234,7 @@ def hint(line, idle):
     arm = f"{line['algo']} {line['credit']} seed {line['seed']}"
     if line["step"] == 0 and line["eval_format_valid"] == 0:
         return ("not one response has the form <think>...</think><answer>...</answer> with a known action, so all "
-                "returns are alike and nothing can be learnt. --teach 40 teaches a model the format first")
+                "returns are alike and nothing can be learnt. --teach 32 teaches a model the format first")
     idle[arm] = 0 if line.get("updates", 1) else idle[arm] + 1
     if idle[arm] == 3:
         return f"{arm}: three steps without an update: in none did a group's rollouts differ in their return"

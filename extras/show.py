@@ -187,7 +187,7 @@ def main(arguments=None):
         if line.startswith("Symbols:"):
             say(line)
     if not batch.valid.any():
-        say("Not one response of the group has the format: nothing can be learnt from it (train.py --teach 40 mends that).")
+        say("Not one response of the group has the format: nothing can be learnt from it (train.py --teach 32 mends that).")
     for number, (board, tokens, reward) in enumerate(shown, 1):
         print(f"\nturn {number}")
         print("\n".join(beside(board, [shaded(*token, s.beta, colour) for token in tokens], width)))
