@@ -10,6 +10,7 @@ two that make the gradients, without anything in between: no exact method can do
 
 import argparse
 import ctypes
+import math
 import statistics
 import sys
 import time
@@ -198,18 +199,37 @@ def replayed_step(model, rows, width, room):
         return (time.perf_counter() - started) / (room - 2)
 
 
+def read_speed(device, size=2**28):
+    """Bytes a second at which memory is read: the best of five sums over `size` bytes."""
+    x, seconds = torch.ones(size // 4, device=device), []
+    for _ in range(6):
+        started = time.perf_counter()
+        x.sum().item()
+        seconds.append(time.perf_counter() - started)
+    return size / min(seconds[1:])
+
+
+def bytes_of_a_step(model, rows, width):
+    """What a decode step of `rows` texts with `width` ids each has to read: all weights and the key-value cache, once."""
+    config = model.config
+    heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    numbers = sum(x.numel() for x in model.parameters()) + 2 * config.num_hidden_layers * heads * rows * width
+    return numbers * model.dtype.itemsize
+
+
 def rollouts(arguments=None):
     more = {"batch": 128, "turns": [2, 4, 5, 8, 9], "tokens": 60, "width": 64, "layers": 2, "vocabulary": 351}
     options = parser_of("rollout", more, 3).parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {options.batch} episodes, responses of at "
           f"most {options.tokens} tokens, {options.layers} layers of width {options.width}")
-    print("| turns | rollout, tokens/s | range | generate, tokens/s | ratio | replayed steps alone, tokens/s |\n"
-          "|---|---|---|---|---|---|")
+    print("| turns | rollout, tokens/s | range | generate, tokens/s | ratio | replayed steps alone, tokens/s | floor: memory read once, "
+          "tokens/s |\n|---|---|---|---|---|---|---|")
     tokenizer = load_tokenizer(str(AGENTS / "sokoban"))
     model = tiny_model(tokenizer, width=options.width, layers=options.layers, heads=max(1, options.width // 16))
     model.resize_token_embeddings(max(options.vocabulary, len(tokenizer)), mean_resizing=False)
     model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    speed = read_speed(device)
     for turns in options.turns:
         budgets = dict(max_turns=turns, max_actions=2 * turns, max_moves=min(4, 2 * turns))
         envs = [make("sokoban", walls=0, observation="coordinates", **budgets) for _ in range(options.batch)]
@@ -224,10 +244,11 @@ def rollouts(arguments=None):
             runs.append((int(played.response_mask.sum()) / (middle - started), generated / (time.perf_counter() - middle)))
         all_ours = [x for x, _ in runs[1:]]
         ours, theirs = (statistics.median(x) for x in zip(*runs[1:]))
-        alone = options.batch / replayed_step(model, options.batch, int(played.lengths.max()) // 2, options.tokens) \
-            if device.type == "cuda" else float("nan")
+        halfway = int(played.lengths.max()) // 2
+        alone = options.batch / replayed_step(model, options.batch, halfway, options.tokens) if device.type == "cuda" else math.nan
+        floor = options.batch * speed / bytes_of_a_step(model, options.batch, halfway)
         print(f"| {turns} | {ours:.0f} | {min(all_ours):.0f}-{max(all_ours):.0f} | {theirs:.0f} | {ours / theirs:.1f} | "
-              f"{alone:.0f} |", flush=True)
+              f"{alone:.0f} | {floor:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
