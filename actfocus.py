@@ -19,9 +19,9 @@ algorithm itself, bit for bit. This file needs torch and nothing else: copy it. 
     loss, stats = weighted_policy_loss(logprobs, old_logprobs, advantages, weights)      # all [B, T - 1]
 
 Shapes, here and in the other files: B trajectories, T tokens, N flattened tokens, V vocabulary, H hidden size, P
-prompts, G rollouts of a prompt. Column t of a [B, T] tensor of log-probs, energies or weights belongs to token t. Masks
-are bool: response_mask marks the tokens that the policy sampled, action_mask those of them that hold a character
-between `<answer>` and `</answer>`.
+prompts, G rollouts of a prompt. Column t of a [B, T] tensor of log-probs, energies or weights is of token t (above,
+where each lost its first column, of token t + 1). Masks are bool: response_mask marks the tokens that the policy
+sampled, action_mask those of them that hold a character between `<answer>` and `</answer>`.
 """
 
 import copy
@@ -64,9 +64,7 @@ def at_least_float32(x):  # in half precision and in integers, sums go wrong
 
 def token_spans(tokenizer, ids, pieces):
     """ids of a response -> (text, starts, ends of each token in it); in pieces, the texts of single ids are kept.
-
-    Tokens that share a character (split UTF-8) all span it.
-    """
+    Tokens that share a character (split UTF-8) all span it."""
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     decode = lambda ids: tokenizer.decode([tokenizer.eos_token_id, *ids], **options)  # some drop a space at the start
     opening, text = decode([]), decode(ids)
@@ -88,7 +86,7 @@ def token_spans(tokenizer, ids, pieces):
 def action_mask(tokenizer, ids, response_mask, turn_ids=None, pattern=ANSWER):
     """Which sampled tokens of ids[B, T] hold a character of an action -> [B, T] bool.
 
-    An action is what `pattern` (its first group, if it has one) finds within a response; a response is a run of
+    An action is what `pattern` (its group, if it has one) finds within a response; a response is a run of
     response_mask[B, T], in which turn_ids[B, T], if given, stay the same. What stands between responses is never read.
     An agent that calls tools: pattern="(?s)<tool_call>(.*?)</tool_call>". tokenizer: anything with decode and
     eos_token_id. ValueError: a mask of another shape or dtype.
@@ -102,7 +100,7 @@ def action_mask(tokenizer, ids, response_mask, turn_ids=None, pattern=ANSWER):
                 here = list(run)
                 text, starts, ends = token_spans(tokenizer, tokens[here[0]:here[-1] + 1], pieces)
                 for match in pattern.finditer(text):
-                    first, last = match.span(min(pattern.groups, 1))
+                    first, last = match.span(match.lastindex or 0)
                     if first < last:
                         mask[row, here[0] + bisect_right(ends, first):here[0] + bisect_left(starts, last)] = True
     return mask.to(ids.device)
@@ -115,7 +113,7 @@ def token_energy(logits):
     """Energy of the next-token distribution, `-logsumexp` of raw logits [..., V] -> [...] float32, in nats.
 
     Low energy: the model is confident, high energy: it is unsure. Use the frozen reference's logits as they come (no
-    temperature, no softmax) and mind the shift: the energy *of* token t is that of the logits at t - 1.
+    temperature, no softmax) and mind the offset: the energy *of* token t is that of the logits at t - 1.
     """
     return -torch.logsumexp(logits.float(), dim=-1)
 
@@ -314,7 +312,7 @@ class Credit:
         """The trajectories that are trained on, and in response_mask which of their tokens; none: nothing to learn."""
         returns, keep = played.returns.view(self.settings.prompts, -1), self.settings.keep  # [P, G]
         groups = variance_filter(returns, keep=keep)
-        if keep == 1 and (self.algo == "ppo" or len(groups)):  # a group without spread still teaches the critic
+        if keep == 1 and (self.algo == "ppo" or len(groups)):  # no filter: others teach the critic, dilute the loss
             groups = torch.arange(len(returns))
         return played.select((groups[:, None] * returns.shape[1] + torch.arange(returns.shape[1])).flatten())
 

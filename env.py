@@ -4,8 +4,7 @@ An episode is a conversation. Each turn the environment shows its state as text,
 
     <think> any reasoning </think><answer> Up || Left </answer>
 
-and the environment plays the actions it finds between the answer tags. `reset` and `step` are those of Gymnasium, with
-text for observations (`import extras.gym` registers them there):
+and the environment plays the actions it finds between the answer tags. `reset` and `step` are as in Gymnasium:
 
     >>> env = make("sokoban")
     >>> observation, info = env.reset(seed=7)
@@ -26,6 +25,7 @@ from itertools import product
 
 import numpy as np
 
+SOLVED = {}  # (player, boxes, targets, walls, limit) -> Sokoban's shortest solution
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}  # (row, column), row 0 on top
 # A tag of the other kind inside a block means the structure is broken, so blocks must not contain tags.
 _BLOCK = r"((?:(?!</?(?:think|answer)>).)*)"
@@ -61,8 +61,7 @@ class Env:
                        response_limit=response_limit)
         self.max_turns, self.actions_per_turn, self.max_actions = max_turns, actions_per_turn, max_actions
         self.response_limit = response_limit  # tokens; only told to the agent, the sampler enforces it
-        self.rng = np.random.default_rng()
-        self._over = True
+        self.rng, self._over = np.random.default_rng(), True
 
     # What an environment defines
 
@@ -132,8 +131,7 @@ class Env:
         """Start a new episode -> (observation, info). The same seed gives the same instance and the same luck."""
         if seed is not None:
             self.rng = np.random.default_rng(seed)
-        self.turn = self.moves = 0
-        self._over = False
+        self.turn, self.moves, self._over = 0, 0, False
         self.instance()
         return self._observation(), {"success": False, "valid": True, **self.outcome()}
 
@@ -146,15 +144,15 @@ class Env:
         played = [action for action in known if action is not None]
         return played[: min(self.actions_per_turn, self.actions_left)], bool(played) and None not in known
 
-    def step(self, answer_text):
-        """Play one turn. answer_text: the agent's whole response, tags included; any text is accepted.
+    def step(self, response_text):
+        """Play one turn. response_text: the agent's whole response, tags included; any text is accepted.
 
         -> (observation, reward, terminated, truncated, info); info has `success`, `valid` (no format penalty was paid),
         `actions` (the ones played) and what `outcome` adds. RuntimeError if the episode is over or was never started.
         """
         if self._over:
             raise RuntimeError("the episode is over: call reset() first")
-        actions, valid = self.parse(answer_text)
+        actions, valid = self.parse(response_text)
         reward, played = 0.0 if valid else -self.format_penalty, []
         for action in actions:
             reward += self.move(action)
@@ -243,9 +241,14 @@ class Sokoban(Env):
         return ahead, boxes
 
     def _search(self, limit=None):
-        return shortest_path((self.player, self.boxes),
-                             lambda state: ((action, self.after(*state, action)) for action in MOVES),
-                             lambda state: state[1] == self.targets, limit)
+        key = self.player, self.boxes, self.targets, self.walls, limit
+        if key not in SOLVED:  # all rollouts of a group begin on one board
+            if len(SOLVED) == 10_000:
+                SOLVED.clear()
+            SOLVED[key] = shortest_path((self.player, self.boxes),
+                                        lambda state: ((action, self.after(*state, action)) for action in MOVES),
+                                        lambda state: state[1] == self.targets, limit)
+        return SOLVED[key] and list(SOLVED[key])
 
     def oracle(self):
         return self._search()

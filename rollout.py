@@ -28,7 +28,7 @@ class Trajectories:
     """A batch of played episodes; rows are padded on the right, where every mask is False."""
 
     ids: torch.Tensor  # [B, T] int64: prompts, responses and observations in the order the model saw them
-    response_mask: torch.Tensor  # [B, T] bool: sampled by the policy and to be trained, the end-of-turn token included
+    response_mask: torch.Tensor  # [B, T] bool: sampled, end-of-turn token included (Credit.filter may take some out)
     action_mask: torch.Tensor  # [B, T] bool: those of them that hold a character between <answer> and </answer>
     turn_ids: torch.Tensor  # [B, T] int64: turn of a sampled token, from 0; -1 elsewhere
     logprobs: torch.Tensor  # [B, T] float32: log-prob of each sampled token, at the sampling temperature
@@ -192,8 +192,7 @@ def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, 
 def begin(model, tokenizer, envs, seeds, max_response_tokens, max_context=None, transcript=Transcript):
     """A transcript of each environment, up to where the first response begins."""
     if not len(envs) == len(seeds) > 0 or max_response_tokens < 1:
-        raise ValueError(f"need a seed for each environment, one at least, and one token at least for a response: got "
-                         f"{len(envs)} environments, {len(seeds)} seeds, {max_response_tokens} tokens")
+        raise ValueError(f"cannot play {len(envs)} environments, {len(seeds)} seeds, {max_response_tokens} tokens each")
     also = getattr(model.generation_config, "eos_token_id", None)
     stop_ids = {*(also if isinstance(also, list) else [also])} - {None}
     max_context = max_context or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31

@@ -1,7 +1,6 @@
 """Train a language-model agent with PPO and GRPO, under uniform credit and under ActFocus, and compare.
 
     python train.py                                   # four arms on Sokoban, a built-in agent, no downloads
-    python train.py --seeds 0 1 2                     # three seeds: what a claim needs
     python train.py --env frozenlake --algos grpo     # `--help` lists every setting with its default
     python train.py --algos grpo --credits uniform actfocus carl carl+actfocus        # beside a rival
 
@@ -90,7 +89,7 @@ class Settings:
     eval_every: int = setting(10, "steps between evaluations and checkpoints; also at the start and the end", 1)
     eval_boards: int = setting(64, "fixed boards, never trained on (paper 32)", 1)
     eval_rollouts: int = setting(4, "trajectories a board (paper 16)", 1)
-    boards: str = setting("evaluation", "choose settings on validation boards", choices=("evaluation", "validation"))
+    boards: str = setting("evaluation", "which boards evaluations play", choices=("evaluation", "validation"))
     # the machine
     device: str = setting("auto", "auto, cpu or cuda; on a GPU, forward passes compute in bfloat16")
     gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time")

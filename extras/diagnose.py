@@ -3,9 +3,9 @@
     python -m extras.diagnose                                           # the built-in agent, 200 groups of 16: minutes
     python -m extras.diagnose --checkpoint runs/latest/arms/grpo-actfocus-0.pt --signal nll
 
-First, by nested sampling (extras/decided.py), the share of the returns' variance that is decided in the answer rather than in the
-reasoning, and a verdict. Then the paper's own statistic, how energy of action tokens tracks a group's reward variance, and who
-gives the gradient. Writes diagnosis.json and, with matplotlib, diagnosis.png to --out.
+By nested sampling (extras/decided.py), the share of the returns' variance that is decided in the answer rather than in the
+reasoning, and a verdict; the paper's own statistic, how energy of action tokens tracks a group's reward variance; and who gives
+the gradient. Writes diagnosis.json and, with matplotlib, diagnosis.png to --out.
 """
 
 import json

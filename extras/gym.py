@@ -1,6 +1,7 @@
 """The environments under Gymnasium, where that is installed: import this module, then
 
     gymnasium.make("actfocus/sokoban", size=5)          # any name of env.ENVS, with its options
+    TextEnv("bandit:Bandit")                            # one of your own
 
 Observations and actions are text, in Gymnasium's `Text` spaces; an action is the agent's whole response.
 """

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
 
 from env import response
 from extras.runs import write
@@ -89,7 +90,7 @@ def random_floor(env, seeds, episodes=16):
 def mean_ceiling(env, seeds):
     """Success rate of the best play within the budgets on the instances of `seeds`."""
     wins = 0.0
-    for seed in seeds:
+    for seed in tqdm(seeds, desc="the best play", unit="board", leave=False, disable=None, delay=2):
         env.reset(seed=seed)
         plan = env.oracle()
         # Where there is luck, the environment has to say it; else the shortest solution fits or does not.

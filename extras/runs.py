@@ -131,6 +131,17 @@ def saving_memory(arm, method):
     return retried
 
 
+def warn_of_slow_boards(settings, seconds=0.25):
+    """Some options have boards that take long to find: say so, with what that comes to, instead of nothing for minutes."""
+    env, started = settings.make_env(), time.perf_counter()
+    for seed in settings.evaluation_seeds()[:2]:
+        env.reset(seed=seed)
+    taken = (time.perf_counter() - started) / len(settings.evaluation_seeds()[:2])
+    if taken > seconds:
+        print(f"train.py: a board takes about {taken:.1f} s to draw with these options: {taken * settings.eval_boards / 60:.1f} minutes "
+              f"before each arm's first step, {taken * settings.prompts:.0f} s and more in every step", file=sys.stderr)
+
+
 def begin(settings, resume):
     """Make the output directory, or check that the run in it can go on -> (the model's fingerprint, a lock, to be held).
 
@@ -138,6 +149,7 @@ def begin(settings, resume):
     """
     model, tokenizer = load_agent(settings.base, "cpu")
     agent, out = fingerprint(model, tokenizer), Path(settings.out)
+    warn_of_slow_boards(settings)
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "w")
     try:

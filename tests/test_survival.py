@@ -28,6 +28,7 @@ from test_train import BOARDS, BRIEF, ROOT, SMALL, TIMED, arm_of, metrics, run, 
 
 import train
 from actfocus import gae, group_advantages, token_weights, variance_filter, weighted_policy_loss
+from env import ENVS, Sokoban
 from extras import runs
 from extras.runs import ArmFiles, load_checkpoint, write
 from rollout import load_agent
@@ -775,3 +776,18 @@ def test_three_steps_without_an_update_are_said_once_an_arm():
     assert said == [False, False, False, False, False, True, False]
     assert runs.hint(line | {"step": 0}, Counter()) is None
     assert "nothing can be learnt" in runs.hint(line | {"step": 0, "eval_format_valid": 0.0}, Counter())
+
+
+def test_boards_that_take_long_to_draw_are_said_with_what_they_come_to(monkeypatch, capsys):
+    class Slow(Sokoban):
+        def reset(self, **options):
+            time.sleep(0.05)
+            return super().reset(**options)
+    monkeypatch.setitem(ENVS, "slow", Slow)
+    monkeypatch.setattr(train.Settings, "agent", "x")
+    settings = train.Settings(env="slow", eval_boards=120, prompts=4)
+    runs.warn_of_slow_boards(settings)
+    assert not capsys.readouterr().err
+    runs.warn_of_slow_boards(settings, seconds=0.01)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "0.1 s" in said and "0.1 minutes" in said
