@@ -65,8 +65,8 @@ def at_least_float32(x):  # in half precision and in integers, sums go wrong
 def token_spans(tokenizer, ids, pieces):
     """ids of a response -> (text, starts, ends of each token in it); in pieces, the texts of single ids are kept.
     Tokens that share a character (split UTF-8) all span it."""
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    decode = lambda ids: tokenizer.decode([tokenizer.eos_token_id, *ids], **options)  # some drop a space at the start
+    before = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # some drop a space that comes first
+    decode = lambda ids: tokenizer.decode(before + ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     opening, text = decode([]), decode(ids)
     for i in set(ids).difference(pieces):
         pieces[i] = decode([i])[len(opening):]
@@ -74,13 +74,15 @@ def token_spans(tokenizer, ids, pieces):
     if opening + "".join(pieces[i] for i in ids) == text:
         return text, ends[:-1], ends[1:]
     # What a token adds depends on those before it: decode it with what the last whole character came from.
-    ends, first, here = [len(opening)], 0, 0  # ids[:here] are whole characters, ids[first:here] the last of them
+    spans, first, here, at = [], 0, 0, len(opening)  # ids[:here] are whole, `at` long; ids[first:here]: the last piece
     for n in range(1, len(ids) + 1):
-        grown, known = decode(ids[first:n]), decode(ids[first:here])
-        whole = not grown.endswith("\ufffd")  # U+FFFD: a character that is not whole yet
-        ends.append(ends[-1] + whole * (len(grown) - len(known)))
-        first, here = (here, n) if whole else (first, here)
-    return text, ends[:-1], [max(end, start + 1) for start, end in zip(ends, ends[1:])]
+        known, held, grown = (decode(ids[first:end]) for end in (here, n - 1, n))
+        whole = not grown.endswith("\ufffd") or n - here == 4  # U+FFFD: not whole yet, and no character has more bytes
+        apart = n - 1 > here and whole and grown.startswith(held)  # what was not whole is no part of this one
+        start, end = at + apart * (len(held) - len(known)), at + len(grown) - len(known)
+        spans.append((start, max(end, start + 1)))
+        first, here, at = (here, n, end) if whole else (first, here, at)
+    return text, *zip(*spans)
 
 
 def action_mask(tokenizer, ids, response_mask, turn_ids=None, pattern=ANSWER):
@@ -92,6 +94,7 @@ def action_mask(tokenizer, ids, response_mask, turn_ids=None, pattern=ANSWER):
     eos_token_id. ValueError: a mask of another shape or dtype.
     """
     check(ids, dtype=torch.bool, response_mask=response_mask)
+    check(ids, turn_ids=ids if turn_ids is None else turn_ids)
     turns = response_mask.long() if turn_ids is None else torch.where(response_mask, turn_ids + 1, 0)
     mask, pieces, pattern = torch.zeros(ids.shape, dtype=torch.bool), {}, re.compile(pattern)
     for row, (tokens, of_row) in enumerate(zip(ids.tolist(), turns.tolist())):

@@ -84,20 +84,21 @@ class Chat:
     def __init__(self, tokenizer, system_prompt, stop_ids=()):
         self.tokenizer, self.system = tokenizer, {"role": "system", "content": system_prompt}
         self.stop_ids = {tokenizer.eos_token_id, *stop_ids}  # what ends a response
-        control = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.control = re.compile("|".join(control) or "(?!)")
+        control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.hidden = re.compile("|".join(map(re.escape, [*control, "@hidden@", "@response@"])))
         self.text = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         self.opening, self.bridge = cache(self.opening), cache(self.bridge)  # a group's rollouts share much
 
     def render(self, messages):
-        return self.tokenizer.apply_chat_template([self.system, *messages], tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _encode(self, messages, after=""):
         """Ids of the rendered messages from `after` on. What looks like a control token in a message stays text."""
-        encode, found, mark = partial(self.tokenizer, add_special_tokens=False), [], "@control@"
-        hide = lambda text: self.control.sub(lambda match: found.append(match[0]) or mark, text)
-        text = self.render([message | {"content": hide(message["content"])} for message in messages])
-        first, *parts = text[text.index(after) + len(after):].split(mark)
+        encode, found = partial(self.tokenizer, add_special_tokens=False), []
+        hide = lambda text: self.hidden.sub(lambda match: found.append(match[0]) or "@hidden@", text)
+        text = self.render([m if m["role"] == "assistant" else m | {"content": hide(m["content"])}
+                            for m in [self.system, *messages]])
+        first, *parts = text[text.index(after) + len(after):].split("@hidden@")
         ids = encode(first).input_ids
         for control, part in zip(found[len(found) - len(parts):], parts):
             ids += encode(control, split_special_tokens=True).input_ids + encode(part).input_ids
@@ -147,10 +148,9 @@ class Transcript:
         if terminated or truncated:
             return False
         bridge = self.bridge()
-        if len(self.ids) + len(bridge) > self.max_length:  # no room for another turn
-            return False
-        self._append(bridge)
-        return True
+        goes_on = len(self.ids) + len(bridge) <= self.max_length  # else there is no room for another turn
+        self._append(bridge if goes_on else [])
+        return goes_on
 
     def bridge(self):
         """Ids between the last response and the next one."""
@@ -291,8 +291,7 @@ class Decoder:
         self.rows, self.cached, self.used = [], {}, 0  # row numbers; how many ids of a row; columns in use
         itself = weakref.proxy(self)  # no cycle: memory goes at once
         self.cache = Cache(layer_class_to_replicate=partial(RoomyLayer, itself))
-        renamed = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.24
-        self.cache_name = "cache" if renamed else "past_key_values"
+        self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def begin(self, texts, room):
         """Feed what is new of each text, {row: all its ids}, with room for more -> a token to follow, its log-prob.

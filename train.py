@@ -318,8 +318,7 @@ def train_arm(settings, algo, credit, seed):
             line |= arm.step() if step else {}
             line |= arm.evaluate() if evaluating or step == s.steps else {}
         except FloatingPointError as error:
-            where = f"{algo} {credit} seed {seed}, step {step}"
-            raise ValueError(f"{where}: {error} (the checkpoint before it: {files.checkpoint})") from None
+            raise ValueError(f"{algo} {credit} seed {seed}, step {step}: {error}; see {files.checkpoint}") from None
         if files.record(line, arm, checkpoint=evaluating or step == s.steps):
             return
 

@@ -163,11 +163,10 @@ def teach(env, held_out, *, plan_in="answer", width=64, layers=2, episodes=3000,
     return model, tokenizer
 
 
-def teach_format(settings, model, tokenizer):
-    """`train.py --teach N`: fine-tune any model on N demonstrated episodes, into settings.agent.
+def format_lessons(settings, tokenizer):
+    """`train.py --teach N`: N demonstrated episodes -> Trajectories. They are poor: they show how to answer, not how to win.
 
-    The demonstrations are poor: what they teach is how to answer, not how to win. ValueError: there is nothing to
-    demonstrate with, or a response would not fit.
+    ValueError: there is nothing to demonstrate with, or a response would not fit.
     """
     s, rng, env = settings, np.random.default_rng(0), settings.make_env()
     held_out = {env.reset(seed=seed)[0] for seed in s.evaluation_seeds()}
@@ -180,6 +179,12 @@ def teach_format(settings, model, tokenizer):
     if longest > s.max_response_tokens:
         raise ValueError(f"teach: a demonstrated response takes {longest} of this model's tokens, max_response_tokens is "
                          f"{s.max_response_tokens}")
+    return data
+
+
+def teach_format(settings, model, tokenizer, data):
+    """Fine-tune any model on format_lessons, into settings.agent."""
+    s, rng = settings, np.random.default_rng(0)
     width, steps = model.get_input_embeddings().weight.shape[1], -(-s.teach // FORMAT_BATCH)
     with s.autocast():
         imitate(model.to(s.torch_device), data, steps, LR_WIDTH / width, rng, f"teaching the format, {s.teach} episodes",

@@ -63,15 +63,18 @@ def nested_returns(arm, turn, boards, m, k, c):
     """R[n, m, k, c] from the states before the `turn`-th response (from 0) on those boards that get so far -> float64."""
     s, stop_ids = arm.settings, None
 
-    def responses(texts):
-        """A sampled continuation of each text [ids so far], up to the end of its turn."""
+    def responses(texts, room=s.max_response_tokens):
+        """A sampled continuation of each text [ids so far], up to the end of its turn or `room` tokens."""
+        if not texts:
+            return []
         decoder = decoder_for(arm.policy)(arm.policy, s.temperature, arm.generator)
-        drawn = sample_turn(decoder, dict(enumerate(texts)), stop_ids, s.max_response_tokens)
+        drawn = sample_turn(decoder, dict(enumerate(texts)), stop_ids, room)
         return [drawn[row][0] for row in range(len(texts))]
 
     fresh = lambda seeds: begin(arm.policy, arm.tokenizer, [copy.deepcopy(arm.env) for _ in seeds], seeds, s.max_response_tokens)
     states = fresh(boards)
     stop_ids, pieces = states[0].chat.stop_ids, {}
+    context = states[0].max_length + s.max_response_tokens
     for _ in range(turn):
         states = [state for state, ids in zip(states, responses([state.ids for state in states])) if state.respond(ids)]
         if not states:
@@ -83,14 +86,18 @@ def nested_returns(arm, turn, boards, m, k, c):
         n = len(ids) if place < 0 else next(i + 1 for i, end in enumerate(ends) if end >= place + len(CLOSING))
         reasonings.append((state, ids[:n], n == len(ids)))  # a response that is nothing but reasoning has no answer to draw
     pairs = [pair for pair in reasonings for _ in range(k)]
-    rest = responses([state.ids + ids for state, ids, _ in pairs])
+    begun = [(state.ids, ids) for state, ids, whole in pairs if not whole]
+    room = s.max_response_tokens - min((len(ids) for _, ids in begun), default=0)
+    room = min(room, context - max((len(before) + len(ids) for before, ids in begun), default=0))
+    answers = iter(responses([before + ids for before, ids in begun], room))
     playing, everyone = [], []
-    for (state, ids, whole), answer in zip(pairs, rest):
+    for state, ids, whole in pairs:
+        answer = [] if whole else next(answers)
         for _ in range(c):
             other = copy.deepcopy(state, {id(state.chat): state.chat})
             other.env.rng = np.random.default_rng(arm.rng.integers(2**63))  # its own luck, from this turn on
             everyone.append(other)
-            if other.respond((ids if whole else ids + answer)[:s.max_response_tokens]):
+            if other.respond((ids + answer)[:s.max_response_tokens]):
                 playing.append(other)
     if playing:
         play(arm.policy, playing, s.temperature, s.max_response_tokens, arm.generator)

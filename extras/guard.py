@@ -21,7 +21,13 @@ LONGEST = 600  # ids: beyond a sliding window, where it is not larger
 
 # Put before a template that prints today's date, which would be another when the run goes on tomorrow.
 FROZEN_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
-    f"|replace('%{c}', '{date(2025, 1, 1).strftime('%' + c)}')" for c in "aAbBdejmyYHIMSpFDT") + " }}{% endmacro %}"
+    f"|replace('%{c}', '{date(2025, 1, 1).strftime('%' + c)}')" for c in [*"aAbBcdejmyYHIMSpFDTUwGVWZx", "-d", "-m", "-j"]
+) + " }}{% endmacro %}{{ '' }}"  # else a line break that opens the template would be taken for the macro's
+
+
+def frozen(template):
+    dated = isinstance(template, str) and "strftime_now" in template and not template.startswith(FROZEN_DATE)
+    return FROZEN_DATE + template if dated else template
 
 
 def load_tokenizer(path):
@@ -29,9 +35,9 @@ def load_tokenizer(path):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError):
         tokenizer = AutoTokenizer.from_pretrained(path)
-    template = tokenizer.chat_template
-    if isinstance(template, str) and "strftime_now" in template and not template.startswith(FROZEN_DATE):
-        tokenizer.chat_template = FROZEN_DATE + template
+    template = tokenizer.chat_template  # several, by name, or one
+    several = isinstance(template, dict)
+    tokenizer.chat_template = {name: frozen(x) for name, x in template.items()} if several else frozen(template)
     return tokenizer
 
 
@@ -96,12 +102,13 @@ def check_template(tokenizer):
     chat = Chat(tokenizer, system)
     messages = [{"role": "user", "content": "Begin."}, {"role": "assistant", "content": said},
                 {"role": "user", "content": "Go on."}]
-    opening, bridge = chat.render(messages[:1]), chat.text(chat.bridge("Go on.", ended=True))
+    render = lambda messages: chat.render([chat.system, *messages])
+    opening, bridge = render(messages[:1]), chat.text(chat.bridge("Go on.", ended=True))
     if opening.count(system) != 1 or system in bridge:
         raise ValueError("its chat template does not show the system text once, at the start of the conversation")
     if bridge.rstrip().endswith("<think>"):
         raise ValueError("its chat template opens the reasoning itself, so every response would lack the tag")
-    if not chat.render(messages).removeprefix(opening).lstrip().startswith(said) or "Begin." not in opening:
+    if not render(messages).removeprefix(opening).lstrip().startswith(said) or "Begin." not in opening:
         raise ValueError("its chat template does not open a response as it shows one that was given")
 
 

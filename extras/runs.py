@@ -150,6 +150,11 @@ def begin(settings, resume):
     model, tokenizer = load_agent(settings.base, "cpu")
     agent, out = fingerprint(model, tokenizer), Path(settings.out)
     warn_of_slow_boards(settings)
+    if out.resolve() in Path(settings.base).resolve().parents:
+        raise ValueError(f"model: {settings.base} lies in {out}, which a new run clears: choose another --out")
+    from extras import agent as teacher  # here, because it needs train.Settings
+    taught = not settings.teach or resume and Path(settings.agent).exists()
+    lessons = None if taught else teacher.format_lessons(settings, tokenizer)  # refused before anything is lost
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "w")
     try:
@@ -170,10 +175,9 @@ def begin(settings, resume):
         for made in ("arms", "agent"):
             shutil.rmtree(out / made, ignore_errors=True)
     write(out / "settings.json", json.dumps(now, indent=1) + "\n")
-    if settings.teach and not Path(settings.agent).exists():
-        from extras.agent import teach_format  # here, because it needs train.Settings
+    if lessons:
         try:
-            teach_format(settings, model, tokenizer)
+            teacher.teach_format(settings, model, tokenizer, lessons)
         except KeyboardInterrupt:
             print("train.py: interrupted before the model was taught", file=sys.stderr)
             sys.exit(130)

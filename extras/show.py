@@ -175,7 +175,10 @@ def main(arguments=None):
     shown, last = turns(arm, batch, row)
     title = f"{s.env}, board of seed {seed}, {options.checkpoint or 'the agent before training'}: the best of {s.rollouts} episodes"
     if options.svg:
-        options.svg.write_text(svg(shown, last, title, s.beta), encoding="utf-8")
+        try:
+            options.svg.write_text(svg(shown, last, title, s.beta), encoding="utf-8")
+        except OSError as error:
+            parser.error(f"svg: {error}")
         return
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows no √

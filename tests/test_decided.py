@@ -102,3 +102,25 @@ def test_a_response_without_reasoning_has_no_answer_to_draw(agent):
     for x in arm.policy.parameters():
         x.data = torch.zeros_like(x) if x.dim() == 1 else x.data * 0
     assert np.isfinite(decided.nested_returns(arm, 0, [1], 2, 2, 2)).all()
+
+
+def test_reasoning_and_answer_together_stay_within_a_response_and_the_context():
+    arm = arm_of(max_response_tokens=40, env_options=tuple(BOARDS))
+    first = len(arm.play([1], 1.0, arm.generator).ids[0])
+    arm.policy.config.max_position_embeddings = longest = first + 45
+    seen = []
+
+    class Counting(Sokoban):
+        def step(self, text):
+            seen.append(len(arm.tokenizer(text).input_ids))
+            return super().step(text)
+    arm.env.__class__ = Counting
+    forward, widths = type(arm.policy).forward, []
+
+    def watched(self, *arguments, position_ids, **options):
+        widths.append(int(position_ids.max()) + 1)
+        return forward(self, *arguments, position_ids=position_ids, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(arm.policy), "forward", watched)
+        assert np.isfinite(decided.nested_returns(arm, 0, [1, 2], 3, 2, 2)).all()
+    assert max(widths) <= longest and max(seen) <= 40 and len(seen) >= 24

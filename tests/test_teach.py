@@ -1,5 +1,6 @@
 """`--teach N`: any model learns to answer in the format before it is trained."""
 
+import dataclasses
 import json
 from importlib.util import find_spec
 
@@ -11,7 +12,7 @@ from test_train import metrics, run
 import extras.agent as teacher
 from env import ENVS, Sokoban, draw_boards
 from extras import smollm2
-from extras.agent import demonstrations, teach_format
+from extras.agent import demonstrations, format_lessons, teach_format
 from rollout import load_agent, score
 from train import Arm, Settings
 
@@ -54,7 +55,7 @@ def test_teaching_brings_the_model_nearer_to_demonstrations_that_it_has_not_seen
         x.data += 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(len(name)))
     model.save_pretrained(tmp_path / "before")
     tokenizer.save_pretrained(tmp_path / "before")
-    teach_format(settings, model, tokenizer)
+    teach_format(settings, model, tokenizer, format_lessons(settings, tokenizer))
     before, after = (nll_of_demonstrations(settings, tmp_path / name) for name in ("before", "agent"))
     assert after < 0.8 * before and after < before - 0.5, (before, after)
 
@@ -88,6 +89,28 @@ def test_what_cannot_be_demonstrated_is_refused_in_one_line(tmp_path, monkeypatc
     assert code == 2 and error.count("\n") == 1 and "oracle" in error
     code, _, error = run("--out", tmp_path, "--teach", "3", "--max-response-tokens", "20")
     assert code == 2 and error.count("\n") == 1 and "max_response_tokens" in error
+
+
+def test_a_refusal_leaves_an_earlier_run_alone_and_a_run_never_starts_from_what_it_would_clear(taught):
+    before = {path: path.read_bytes() for path in taught.rglob("*") if path.is_file()}
+    assert run("--out", taught, "--teach", "3", "--max-response-tokens", "20")[0] == 2
+    code, _, error = run("--out", taught, *LESSON, "--model", taught / "agent")
+    assert code == 2 and error.count("\n") == 1 and "--out" in error
+    assert {path: path.read_bytes() for path in taught.rglob("*") if path.is_file()} == before
+
+
+def test_lessons_fit_to_the_token_are_poor_and_keep_off_the_evaluation_boards():
+    settings = Settings(env="frozenlake", teach=12)
+    _, tokenizer = load_agent(settings.base, "cpu")
+    data = format_lessons(settings, tokenizer)
+    longest = max(int((data.turn_ids == turn).sum(1).max()) for turn in range(int(data.turns.max())))
+    assert len(data) == 12 and (data.valid == 1).all() and data.returns.mean() < 0.7
+    format_lessons(dataclasses.replace(settings, max_response_tokens=longest), tokenizer)
+    with pytest.raises(ValueError, match="max_response_tokens"):
+        format_lessons(dataclasses.replace(settings, max_response_tokens=longest - 1), tokenizer)
+    env = settings.make_env()
+    first = lambda seed: env.reset(seed=int(seed))[0]
+    assert not {first(seed) for seed in data.seeds} & {first(seed) for seed in settings.evaluation_seeds()}
 
 
 def test_demonstrations_hold_no_token_that_opens_a_text(monkeypatch):
