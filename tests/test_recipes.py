@@ -42,11 +42,11 @@ def trl_run(recipe, instruct_model, tmp_path):
     return run
 
 
-SAME = [{}, {"steps_per_generation": 1, "max_steps": 3}, {"gradient_accumulation_steps": 1, "steps_per_generation": 2},
-        {"steps_per_generation": 3, "max_steps": 3}, {"num_iterations": 2, "max_steps": 4}, {"loss_type": "grpo"},
-        {"gradient_accumulation_steps": 3, "steps_per_generation": 2, "max_steps": 2}, {"beta": 0.1}, {"entropy_coef": 0.05},
-        {"delta": 1.5}, {"loss_type": "dr_grpo"}, {"loss_type": "cispo", "epsilon_high": 5.0}, {"top_entropy_quantile": 0.5},
-        {"importance_sampling_level": "sequence"}, {"off_policy_mask_threshold": 0.1}, {"mask_truncated_completions": True}]
+SAME = [{}, {"steps_per_generation": 1, "max_steps": 3, "beta": 0.1}, {"gradient_accumulation_steps": 1, "steps_per_generation": 2},
+        {"steps_per_generation": 3, "max_steps": 3, "entropy_coef": 0.05}, {"num_iterations": 2, "max_steps": 4, "delta": 1.5},
+        {"gradient_accumulation_steps": 3, "steps_per_generation": 2, "max_steps": 2, "top_entropy_quantile": 0.5},
+        {"loss_type": "grpo", "off_policy_mask_threshold": 0.1}, {"loss_type": "dr_grpo", "mask_truncated_completions": True},
+        {"loss_type": "cispo", "epsilon_high": 5.0}, {"importance_sampling_level": "sequence"}]
 
 
 @pytest.mark.parametrize("settings", [pytest.param(x, marks=pytest.mark.slow if n > 2 else ()) for n, x in enumerate(SAME)], ids=str)
