@@ -58,6 +58,13 @@ def verdict(found):
     return "cannot tell: more boards narrow the interval"
 
 
+def reasoning_length(tokenizer, ids, pieces):
+    """How many ids of a response reach up to the end of `</think>`; all where it has none."""
+    text, _, ends = token_spans(tokenizer, ids, pieces)
+    place = text.find(CLOSING)
+    return len(ids) if place < 0 else next(n for n, end in enumerate(ends, 1) if end >= place + len(CLOSING))
+
+
 @torch.no_grad()
 def nested_returns(arm, turn, boards, m, k, c):
     """R[n, m, k, c] from the states before the `turn`-th response (from 0) on those boards that get so far -> float64."""
@@ -81,9 +88,7 @@ def nested_returns(arm, turn, boards, m, k, c):
             return np.zeros((0, m, k, c))
     reasonings = []
     for state, ids in zip(np.repeat(states, m), responses([state.ids for state in states for _ in range(m)])):
-        text, _, ends = token_spans(arm.tokenizer, ids, pieces)
-        place = text.find(CLOSING)
-        n = len(ids) if place < 0 else next(i + 1 for i, end in enumerate(ends) if end >= place + len(CLOSING))
+        n = reasoning_length(arm.tokenizer, ids, pieces)
         reasonings.append((state, ids[:n], n == len(ids)))  # a response that is nothing but reasoning has no answer to draw
     pairs = [pair for pair in reasonings for _ in range(k)]
     begun = [(state.ids, ids) for state, ids, whole in pairs if not whole]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_evidence import call
+from test_rollout import bpe
 from test_train import BOARDS, arm_of, words
 
 from env import Sokoban
@@ -77,6 +78,15 @@ class Lever(Sokoban):
     def step(self, text):
         observation, _, terminated, _, info = super().step(text)
         return observation, float("Up" in text.partition("</think>")[2]), terminated, True, info
+
+
+@pytest.mark.parametrize("merged", [[], ["think>Up", "</think>"], ["k>", "></"]])
+def test_the_reasoning_ends_with_its_closing_tag(merged):
+    tokenizer = bpe(merged)
+    ids = tokenizer("<think>é Left</think><answer>Up</answer>").input_ids
+    n = decided.reasoning_length(tokenizer, ids, {})
+    assert "</think>" in tokenizer.decode(ids[:n]) and "</think>" not in tokenizer.decode(ids[:n - 1])
+    assert decided.reasoning_length(tokenizer, ids[:5], {}) == 5
 
 
 def test_a_game_that_only_reads_the_answer_is_decided_in_the_answer(monkeypatch):
