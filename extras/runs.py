@@ -150,8 +150,9 @@ def begin(settings, resume):
     model, tokenizer = load_agent(settings.base, "cpu")
     agent, out = fingerprint(model, tokenizer), Path(settings.out)
     warn_of_slow_boards(settings)
-    if out.resolve() in Path(settings.base).resolve().parents:
-        raise ValueError(f"model: {settings.base} lies in {out}, which a new run clears: choose another --out")
+    base = Path(settings.base).resolve()
+    if {out.resolve() / name for name in ("agent", "arms")} & {base, *base.parents}:
+        raise ValueError(f"model: {settings.base} is what a new run in {out} clears: choose another --out")
     from extras import agent as teacher  # here, because it needs train.Settings
     taught = not settings.teach or resume and Path(settings.agent).exists()
     lessons = None if taught else teacher.format_lessons(settings, tokenizer)  # refused before anything is lost
