@@ -68,7 +68,9 @@ def reasoning_length(tokenizer, ids, pieces):
 @torch.no_grad()
 def nested_returns(arm, turn, boards, m, k, c):
     """R[n, m, k, c] from the states before the `turn`-th response (from 0) on those boards that get so far -> float64."""
-    s, stop_ids = arm.settings, None
+    s = arm.settings
+    states = begin(arm.policy, arm.tokenizer, [copy.deepcopy(arm.env) for _ in boards], boards, s.max_response_tokens)
+    stop_ids, pieces, context = states[0].chat.stop_ids, {}, states[0].max_length + s.max_response_tokens
 
     def responses(texts, room=s.max_response_tokens):
         """A sampled continuation of each text [ids so far], up to the end of its turn or `room` tokens."""
@@ -78,10 +80,6 @@ def nested_returns(arm, turn, boards, m, k, c):
         drawn = sample_turn(decoder, dict(enumerate(texts)), stop_ids, room)
         return [drawn[row][0] for row in range(len(texts))]
 
-    fresh = lambda seeds: begin(arm.policy, arm.tokenizer, [copy.deepcopy(arm.env) for _ in seeds], seeds, s.max_response_tokens)
-    states = fresh(boards)
-    stop_ids, pieces = states[0].chat.stop_ids, {}
-    context = states[0].max_length + s.max_response_tokens
     for _ in range(turn):
         states = [state for state, ids in zip(states, responses([state.ids for state in states])) if state.respond(ids)]
         if not states:

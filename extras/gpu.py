@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one go, tables last: all but the last part took five minutes on an H200.
+"""Everything that wants a GPU, in one go, tables last: all but the last two parts took five minutes on an H200.
 
     python -m extras.gpu --out results/gpu             # a part that fails or runs out of time does not stop the next
     python -m extras.gpu --model smollm2               # and a model of your own, taught and trained (extras/smollm2.py)

@@ -5,9 +5,9 @@
 
 w min(rho A, clip(rho) A) = min(rho (w A), clip(rho) (w A)) for w >= 0: a token's weight may stand in its advantage. So all of
 TRL's settings keep their meaning, and (alpha, beta) = (1, 0) is GRPOTrainer bit for bit (where epsilon_high is set: else it
-is 0.28 here, the paper's, and epsilon in TRL). `weighting` has ActFocus's beta; GRPOConfig's is the KL penalty's. Weights have mean 1 over all that is
-generated together, on all processes; under TRL's default loss_type="dapo" that is the paper's division by their sum. KL penalty
-and entropy bonus stay unweighted.
+is 0.28 here, the paper's, and epsilon in TRL). `weighting` has ActFocus's beta; GRPOConfig's is the KL penalty's. Weights have
+mean 1 over all that is generated together, on all processes; under TRL's default loss_type="dapo" that is the paper's division by
+their sum. KL penalty and entropy bonus stay unweighted.
 
 Several turns, environments and tools: a response is a run of tokens that TRL does not mask (`tool_mask`, or `env_mask` of a
 rollout_func). With tool calls (`tools`, `environment_factory`), pattern="(?s)<tool_call>(.*?)</tool_call>" finds the actions.
