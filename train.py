@@ -46,7 +46,7 @@ def extra(name):
     return importlib.import_module(f"extras.{name}")
 
 
-def setting(default, help, low=0, high=sys.float_info.max, choices=None):
+def setting(default, help, low=0, high=None, choices=None):
     """A field of Settings: its comment is its --help text, its bounds are checked."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 

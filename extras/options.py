@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import pkgutil
+import sys
 from dataclasses import fields, replace
 
 import torch
@@ -13,6 +14,7 @@ from train import DEFAULTS, Settings
 
 OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "lr", "critic_lr", "clip_low", "clip_high", "gamma",
                 "lam", "entropy_coef", "kl_coef")  # those of train.Settings that a credit may have for itself
+MOST = 100_000  # boards, steps, trajectories: more is a slip of the keyboard, which would draw boards for hours
 
 
 def make_credit(text, algo, settings):
@@ -66,6 +68,7 @@ def check(settings):
         values = getattr(settings, f.name)
         low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
         for value in values if isinstance(values, tuple) else (values,):
+            high = high or (MOST if isinstance(value, int) else sys.float_info.max)
             if choices and value not in choices:
                 raise ValueError(f"{f.name}: {value!r} is not one of {', '.join(choices)}")
             if not isinstance(value, str) and not low <= value <= high:

@@ -710,7 +710,7 @@ def test_an_environment_can_be_named_as_module_and_class(corridor, monkeypatch):
     (["--credits", "uniform", "uniform"], "credits"),
     (["--signal", "loud"], "signal"), (["--boards", "training"], "boards"),
     (["--alpha", "2"], "alpha"), (["--alpha", "nan"], "alpha"), (["--beta", "-1"], "beta"), (["--beta", "inf"], "beta"),
-    (["--steps", "-1"], "steps"), (["--steps", "many"], "steps"), (["--seeds", "0", "0"], "seeds"),
+    (["--steps", "-1"], "steps"), (["--steps", "many"], "steps"), (["--teach", "100001"], "teach"), (["--seeds", "0", "0"], "seeds"),
     (["--seeds"], "seeds"), (["--seeds", "18446744073709551616"], "seeds"), (["--seeds", "-1"], "seeds"),
     (["--rollouts", "1"], "rollouts"),
     (["--env-options", "size"], "env_options"), (["--env-options", "size=2"], "size"),
