@@ -1,7 +1,7 @@
 """The built-in agents: a small Qwen2 with its own tokenizer, taught a game and then to play it badly.
 
     python -m extras.agent sokoban                                 # anew, into extras/agents/sokoban (minutes)
-    python -m extras.agent sokoban --plan-in think --out DIR       # one that decides while it reasons; then --model DIR
+    python -m extras.agent sokoban --plan-in-think 1 --out DIR     # one that decides while it reasons; then --model DIR
     python -m extras.agent mygame:Game --out DIR                   # an environment of your own, as module:Class
 
 The two stages matter: an agent that is weak because it never learnt the game has nothing that reinforcement could bring
@@ -99,12 +99,13 @@ def demonstration(env, rng, noise, plan_in="answer"):
     return response(actions, think=" ".join(sentences))
 
 
-def demonstrations(env, tokenizer, seeds, rng, noise, plan_in, desc):
-    """One demonstrated episode a seed -> Trajectories."""
+def demonstrations(env, tokenizer, seeds, rng, noise, desc, plan_in_think=0.0):
+    """One demonstrated episode a seed, that share of them with the plan in the reasoning -> Trajectories."""
     chat, transcripts = Chat(tokenizer, env.system_prompt), []
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     for seed in tqdm(seeds, desc=desc, unit="episode", leave=False, disable=None):
         transcript = Transcript(chat, env, seed, max_context=10**9, max_response_tokens=0)
+        plan_in = "think" if plan_in_think and rng.random() < plan_in_think else "answer"
         while transcript.respond(encode(demonstration(env, rng, noise, plan_in))):
             pass
         transcripts.append(transcript)
@@ -133,12 +134,12 @@ def imitate(model, data, steps, lr, rng, desc, batch=16, action_weight=8.0, warm
             bar.set_postfix(loss=f"{loss.item():.2f}")
 
 
-def teach(env, held_out, *, plan_in="answer", width=64, layers=2, episodes=3000, steps=1200, noise=0.2, worse_steps=80,
+def teach(env, held_out, *, plan_in_think=0.0, width=64, layers=2, episodes=3000, steps=1200, noise=0.2, worse_steps=80,
           worse_noise=0.75):
     """An agent for the boards of `env` whose first observation is not in held_out -> (model, tokenizer).
 
     episodes, steps, noise: demonstrations, updates and share of random moves of the first stage; worse_*: of the
-    second. plan_in: where it decides on its actions, in the "answer" or already in the reasoning ("think"), which the
+    second. plan_in_think: share of the episodes in which it decides on its actions already in the reasoning, which the
     answer copies.
     """
     rng = np.random.default_rng(0)
@@ -147,18 +148,18 @@ def teach(env, held_out, *, plan_in="answer", width=64, layers=2, episodes=3000,
         observation, _ = env.reset(seed=seed)
         over = False
         while not over:
-            answer = demonstration(env, rng, 0.5, plan_in)
+            answer = demonstration(env, rng, 0.5, "think" if plan_in_think else "answer")
             texts += [observation, answer]
             observation, _, terminated, truncated, _ = env.step(answer)
             over = terminated or truncated
     tokenizer = tiny_tokenizer(texts, phrases=[env.system_prompt, env.format_reminder, *getattr(env, "phrases", [])])
     model = tiny_model(tokenizer, width=width, layers=layers, heads=width // 16)
-    good = demonstrations(env, tokenizer, draw_boards(env, rng, episodes, EVALUATION_SEED, held_out), rng, noise, plan_in,
-                          "demonstrations")
+    good = demonstrations(env, tokenizer, draw_boards(env, rng, episodes, EVALUATION_SEED, held_out), rng, noise,
+                          "demonstrations", plan_in_think)
     imitate(model, good, steps, 3e-3, rng, "1 of 2: know the game")
     if worse_steps:
         bad = demonstrations(env, tokenizer, draw_boards(env, rng, episodes // 2, EVALUATION_SEED, held_out), rng, worse_noise,
-                             plan_in, "poor demonstrations")
+                             "poor demonstrations", plan_in_think)
         imitate(model, bad, worse_steps, 1e-3, rng, "2 of 2: play it badly")
     return model, tokenizer
 
@@ -172,7 +173,7 @@ def format_lessons(settings, tokenizer):
     held_out = {env.reset(seed=seed)[0] for seed in s.evaluation_seeds()}
     try:
         data = demonstrations(env, tokenizer, draw_boards(env, rng, s.teach, EVALUATION_SEED, held_out), rng, FORMAT_NOISE,
-                              "answer", "demonstrations")
+                              "demonstrations")
     except NotImplementedError:
         raise ValueError(f"teach: {s.env} has no oracle() to demonstrate with") from None
     longest = max(int((data.turn_ids == turn).sum(1).max()) for turn in range(int(data.turns.max())))
@@ -200,18 +201,21 @@ def main():
     parser.add_argument("env", help="environment, or module:Class")
     parser.add_argument("--out", type=Path, help="directory (default: extras/agents/ENV)")
     parser.add_argument("--env-options", nargs="+", metavar="KEY=VALUE", help="other boards than the shipped agent's")
-    parser.add_argument("--plan-in", choices=("answer", "think"), default="answer", help="where the agent decides")
+    parser.add_argument("--plan-in-think", type=float, default=0.0, metavar="SHARE",
+                        help="share of the demonstrations that decide in the reasoning, which the answer copies (default: 0)")
     for name in (numbers := ("width", "layers", "episodes", "steps", "worse_steps")):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {teach.__kwdefaults__[name]}")
     options = parser.parse_args()
     boards, how = TAUGHT.get(options.env, ({}, {}))
     how = how | {name: getattr(options, name) for name in numbers if getattr(options, name) is not None}
+    if not 0 <= options.plan_in_think <= 1:
+        parser.error(f"plan-in-think: {options.plan_in_think} is not in [0, 1]")
     try:
         given = options.env_options or [f"{key}={json.dumps(value)}" for key, value in boards.items()]
         settings = Settings(env=options.env, env_options=tuple(given), **DEFAULTS.get(options.env, {}))
         env, out = settings.make_env(), options.out or AGENTS / options.env
         held_out = {env.reset(seed=seed)[0] for seed in settings.evaluation_seeds()}
-        model, tokenizer = teach(env, held_out, **how, plan_in=options.plan_in)
+        model, tokenizer = teach(env, held_out, **how, plan_in_think=options.plan_in_think)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         (out / "env.json").write_text(json.dumps({options.env: settings.board_options()}, indent=1) + "\n")

@@ -726,19 +726,19 @@ def test_tiny_agent_is_the_same_for_the_same_seed(agent):
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("plan_in", ["answer", "think"])
+@pytest.mark.parametrize("plan_in_think", [0, 1])
 @pytest.mark.parametrize("name", environments.ENVS)
-def test_demonstrations_are_valid_and_without_noise_they_win(agent, name, plan_in):
+def test_demonstrations_are_valid_and_without_noise_they_win(agent, name, plan_in_think):
     rng, env = np.random.default_rng(0), environments.make(name, **({"intended": 1.0} if name == "frozenlake" else {}))
-    played = taught.demonstrations(env, agent[1], range(4), rng, 0.0, plan_in, "")
+    played = taught.demonstrations(env, agent[1], range(4), rng, 0.0, "", plan_in_think)
     assert played.success.all() and (played.valid == 1).all() and played.seeds.tolist() == [0, 1, 2, 3]
-    bad = taught.demonstrations(env, agent[1], range(12), rng, 1.0, plan_in, "")
+    bad = taught.demonstrations(env, agent[1], range(12), rng, 1.0, "", plan_in_think)
     assert (bad.valid == 1).all() and bad.success.float().mean() < 0.7
     for row in range(4):
         words = agent[1].decode(played.ids[row, played.turn_ids[row] == 0])
         think, answer = words.split("</think><answer>")
         plan = answer.split("</answer>")[0].split(" || ")
-        assert think.endswith(f"So I play {' and '.join(plan)}.") == (plan_in == "think")
+        assert think.endswith(f"So I play {' and '.join(plan)}.") == bool(plan_in_think)
         assert played.action_mask[row].any() and not (played.action_mask & ~played.response_mask).any()
 
 
