@@ -67,16 +67,17 @@ class ActFocusTrainer(GRPOTrainer):
         return made | {"advantages": made["advantages"][:, None] * weights * (tokens / weight.clamp(min=1e-30))}
 
     def energies(self, made):
-        """Of each completion token [B, T] under the reference, as many rows at a time as TRL takes."""
+        """Of each completion token [B, T] under the reference: logits of one row at a time, as float32 of a part of it."""
         ids, mask = (torch.cat([made["prompt_" + name], made["completion_" + name]], 1) for name in ("ids", "mask"))
         length, energies = made["completion_ids"].shape[1], []
         model = self.accelerator.unwrap_model(self.model) if self.frozen is None else self.frozen
         training = model.training
         model.eval()
         with self.as_reference(model):
-            for rows in torch.arange(len(ids), device=ids.device).split(self.args.per_device_train_batch_size):
-                logits = model(input_ids=ids[rows], attention_mask=mask[rows], logits_to_keep=length + 1).logits[:, -length - 1:-1]
-                energies += map(token_energy, logits)  # row by row: in float32, all at once would double the memory
+            for row, real in zip(ids, mask):
+                logits = model(input_ids=row[None], attention_mask=real[None], logits_to_keep=length + 1).logits[0, -length - 1:-1]
+                energies.append(torch.cat([token_energy(part) for part in logits.split(256)]))
+                del logits  # before there are the next row's
         model.train(training)
         return torch.stack(energies)
 

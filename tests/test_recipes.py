@@ -1,7 +1,9 @@
 """The recipes for other frameworks, in extras/. TRL and verl are not requirements: without them, tests skip."""
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actfocus import action_mask, token_weights, weighted_policy_loss
+from env import make, response
+from extras.agent import tiny_model, tiny_tokenizer
+from rollout import score
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,9 +110,15 @@ def test_trls_loss_with_weighted_advantages_is_the_weighted_loss(randn):
 
 
 def test_trls_reference_is_the_model_as_training_starts_or_the_one_that_is_given(trl_run, recipe, instruct_model):
-    start = AutoModelForCausalLM.from_pretrained(instruct_model, dtype=torch.float32)
-    frozen = trl_run(recipe.ActFocusTrainer).frozen
+    start, sizes = AutoModelForCausalLM.from_pretrained(instruct_model, dtype=torch.float32), []
+
+    class Watched(recipe.ActFocusTrainer):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.frozen.register_forward_hook(lambda model, inputs, output: sizes.append(output.logits.shape))
+    frozen = trl_run(Watched).frozen
     assert all(torch.equal(x, y) for x, y in zip(frozen.parameters(), start.parameters()))
+    assert sizes and all(rows == 1 and positions <= 31 for rows, positions, _ in sizes)  # no more than a row's logits at once
     with torch.no_grad():
         for x in start.parameters():
             x += 0.1
@@ -176,6 +187,90 @@ def test_sokoban_through_trl_has_the_same_metrics_on_one_process_and_on_two(reci
         for name in ("loss", "grad_norm", "reward", "success", "actfocus/action_tokens", "actfocus/action_weight", "entropy"):
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-4), name
     assert len(logs[0]) == 2 and logs[0][0]["grad_norm"] > 0 and 0.03 < logs[0][0]["actfocus/action_tokens"] < 0.1
+
+
+class Moves:
+    """Sokoban for TRL's `environment_factory`: public methods are tools, which the model calls."""
+
+    def reset(self, seed, **_):
+        self.env, self.total = make("sokoban", walls=0, observation="coordinates"), 0.0
+        return self.env.reset(seed=seed)[0]
+
+    def move(self, direction: str) -> str:
+        """
+        Step in a direction, and push what stands there.
+
+        Args:
+            direction: Up, Down, Left or Right
+        """
+        observation, reward, *_ = self.env.step(response([direction]))
+        self.total += reward
+        return observation
+
+    def get_reward(self):
+        return self.total
+
+
+@pytest.fixture
+def caller(recipe):
+    """A small model that has learnt to call `move` in Qwen3's form, and its tokenizer: a tag is five tokens."""
+    import trl
+    template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+
+    def call(tokenizer, seed, direction):  # -> prompt, and prompt and response, as text
+        prompt = [{"role": "user", "content": "Push.\n" + Moves().reset(seed)}]
+        move = {"type": "function", "function": {"name": "move", "arguments": {"direction": direction}}}
+        text = lambda messages, **options: tokenizer.apply_chat_template(messages, chat_template=template, tools=[Moves().move],
+                                                                         tokenize=False, enable_thinking=False, **options)
+        return text(prompt, add_generation_prompt=True), text([*prompt, {"role": "assistant", "content": "", "tool_calls": [move]}])
+    calls = list(enumerate(["Up", "Down", "Left", "Right"] * 2))
+    tokenizer = tiny_tokenizer([call(tiny_tokenizer([]), *each)[1] for each in calls])
+    tokenizer.chat_template = template
+    ids = [[tokenizer(text.rstrip("\n"), add_special_tokens=False).input_ids for text in call(tokenizer, *each)] for each in calls]
+    whole = torch.nn.utils.rnn.pad_sequence([torch.tensor(both) for _, both in ids], batch_first=True)
+    sampled = torch.tensor([[len(prompt) <= t < len(both) for t in range(whole.shape[1])] for prompt, both in ids])
+    model = tiny_model(tokenizer)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(80):
+        (-score(model, whole, sampled).logprobs.sum() / sampled.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, tokenizer
+
+
+@pytest.mark.slow
+def test_tool_calls_in_trls_environments_are_the_actions(recipe, caller, tmp_path):
+    import datasets
+    from trl import GRPOConfig
+    seen = []
+
+    class Watched(recipe.ActFocusTrainer):
+        def energies(self, made):
+            seen.append(made["completion_ids"])
+            return super().energies(made)
+
+        def weigh(self, energy, action, response):
+            seen.extend([action, response, super().weigh(energy, action, response)])
+            return seen[-1]
+    model, tokenizer = caller
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=2, per_device_train_batch_size=4,
+                      gradient_accumulation_steps=2, num_generations=4, max_completion_length=300, max_tool_calling_iterations=2,
+                      save_strategy="no", logging_steps=1, disable_tqdm=True, chat_template_kwargs={"enable_thinking": False})
+    boards = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": "Push.\n"}]] * 8, "seed": list(range(8))})
+    trainer = Watched(model=model, processing_class=tokenizer, args=args, environment_factory=Moves, reward_funcs=[],
+                      train_dataset=boards, pattern="(?s)<tool_call>(.*?)</tool_call>")
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["tools/call_frequency"] > 0.8 and line["grad_norm"] > 0 and 0.4 < line["actfocus/action_tokens"] < 0.9
+    ids, action, sampled, weights = seen[:4]
+    call = re.compile("(?s)<tool_call>(.*?)</tool_call>")
+    assert not (action & ~sampled).any() and not weights[~sampled].any() and (weights[action] > 1).all()
+    for row in range(len(ids)):
+        turns = [tokenizer.decode([token for token, _ in turn]) for own, turn in
+                 itertools.groupby(zip(ids[row], sampled[row]), key=lambda pair: bool(pair[1])) if own]
+        assert tokenizer.decode(ids[row][action[row]]) == "".join(sum(map(call.findall, turns), []))
+        assert not any("player" in turn for turn in turns)
+    assert sum(tokenizer.decode(row).count("<tool_response>") for row in ids) > len(ids) / 2
 
 
 @pytest.mark.parametrize("loss", ["vanilla", "the actor's"])
