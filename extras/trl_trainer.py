@@ -11,7 +11,9 @@ their sum. KL penalty and entropy bonus stay unweighted.
 
 Several turns, environments and tools: a response is a run of tokens that TRL does not mask (`tool_mask`, or `env_mask` of a
 rollout_func). With tool calls (`tools`, `environment_factory`), pattern="(?s)<tool_call>(.*?)</tool_call>" finds the actions.
-Tried with TRL 1.16.0 on a CPU, one and two processes. Not run: GPUs, FSDP, DeepSpeed, vLLM. Images are refused.
+Tried with TRL 1.16.0 on a CPU, one and two processes. Images are refused. On several GPUs only the launcher changes, none of
+which was run: `accelerate launch --multi_gpu --num_processes 8 trl_run.py`, for DeepSpeed `--use_deepspeed --zero_stage 3`, for
+FSDP `--use_fsdp --fsdp_version 2` (without `playing`); nor was vLLM.
 """
 
 import copy
@@ -20,7 +22,7 @@ from contextlib import nullcontext
 
 import torch
 from trl import GRPOTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
 from actfocus import ANSWER, action_mask, token_energy, token_weights
@@ -97,10 +99,13 @@ def playing(make_env, max_response_tokens=100):
     from rollout import rollout
 
     def rollout_func(prompts, trainer):
-        seeds, model = [int(prompt) for prompt in prompts], trainer.accelerator.unwrap_model(trainer.model)
+        if trainer.is_fsdp_enabled:  # each forward pass is everybody's there, and one process plays longer than another
+            raise ValueError("playing: not under FSDP, where processes would wait for each other for ever; DDP or DeepSpeed")
+        seeds = [int(prompt) for prompt in prompts]
         luck = hash((trainer.args.seed, trainer._step, *seeds)) % 2**63
-        played = rollout(model, trainer.processing_class, [make_env() for _ in seeds], seeds=seeds, temperature=trainer.temperature,
-                         max_response_tokens=max_response_tokens, generator=torch.Generator(model.device).manual_seed(luck))
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            played = rollout(model, trainer.processing_class, [make_env() for _ in seeds], seeds=seeds, temperature=trainer.temperature,
+                             max_response_tokens=max_response_tokens, generator=torch.Generator(model.device).manual_seed(luck))
         spans = [slice(int(sampled.int().argmax()), int(n)) for sampled, n in zip(played.response_mask, played.lengths)]
         cut = lambda x: [row[span].tolist() for row, span in zip(x, spans)]
         return {"prompt_ids": [row[:span.start].tolist() for row, span in zip(played.ids, spans)], "completion_ids": cut(played.ids),

@@ -323,3 +323,11 @@ def test_verls_losses_with_weighted_advantages_are_the_weighted_loss_and_with_1_
             torch.testing.assert_close(got, right, atol=1e-6, rtol=1e-4)
     for got, right in zip(of_verl(advantages), of_verl(batch["advantages"])):
         torch.testing.assert_close(got, right)
+
+
+@pytest.mark.slow
+def test_an_update_of_verls_actor_with_weighted_advantages_has_the_gradient_of_the_weighted_loss():
+    pytest.importorskip("verl")
+    done = subprocess.run([sys.executable, ROOT / "tests" / "verl_actor.py"], capture_output=True, text=True, timeout=240,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "the same loss and gradients" in done.stdout, done.stderr[-3000:]
