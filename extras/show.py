@@ -1,8 +1,8 @@
-"""One episode, turn by turn, each token shaded by its ActFocus weight: in the terminal, or as an SVG.
+"""One episode, turn by turn, each token shaded by its ActFocus weight: in the terminal, or as a page for a browser.
 
     python -m extras.show                                                         # the built-in agent
     python -m extras.show --checkpoint runs/latest/arms/grpo-actfocus-0.pt        # after training
-    python -m extras.show --svg results/episode.svg                               # the picture in the README
+    python -m extras.show --html episode.html       # one file: point at a token, or go with the arrow keys, for its numbers
 
 A group of G episodes is played on one board, `--seed`; shown is the one with the largest advantage.
 """
@@ -15,7 +15,10 @@ import os
 import shutil
 import sys
 import textwrap
+from collections import namedtuple
 from pathlib import Path
+
+import torch
 
 from actfocus import group_advantages
 from env import draw_boards
@@ -23,6 +26,7 @@ from extras.options import SettingsParser
 from extras.runs import load_checkpoint
 from train import EVALUATION_SEED, Arm
 
+Token = namedtuple("Token", "text weight is_action energy z logprob reference")  # log-probs: the policy's, the frozen reference's
 SHADES = (229, 222, 215, 208, 202, 196)  # of the terminal's 256 colours, pale to red
 
 
@@ -60,15 +64,19 @@ def best_of_group(arm, seed):
 
 
 def turns(arm, batch, row):
-    """[(board's lines, [(text, weight, is action)] of the response, reward)] of an episode, and the board at its end."""
+    """[(board's lines, the response's Tokens, reward)] of an episode, and the board at its end."""
     env, shown = copy.deepcopy(arm.env), []
     if hasattr(env, "observation"):  # people read grids
         env.observation = "grid"
     env.reset(seed=int(batch.seeds[row]))
     decode = lambda ids: arm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    ranked = batch.signal[batch.action_mask]
+    ranked = ranked if len(ranked) else torch.zeros(1)
+    z = (batch.signal - ranked.mean()) / ranked.std(correction=0).clamp(min=1e-5)
+    columns = [x[row].tolist() for x in (batch.weights, batch.action_mask, batch.energy, z, batch.old_logprobs, batch.ref_logprobs)]
     for turn in range(int(batch.turns[row])):
         where = (batch.turn_ids[row] == turn).nonzero()[:, 0]
-        tokens = [(decode([int(batch.ids[row, t])]), float(batch.weights[row, t]), bool(batch.action_mask[row, t])) for t in where]
+        tokens = [Token(decode([int(batch.ids[row, t])]), *(x[t] for x in columns)) for t in where]
         board, ids = env.render().splitlines(), batch.ids[row, where].tolist()
         reward = env.step(decode(ids[:-1] if ids[-1] in arm.tokenizer.all_special_ids else ids))[1]
         shown.append((board, tokens, reward))
@@ -105,66 +113,77 @@ def beside(board, tokens, width):
     return [f"{a:{left}}{b}".rstrip() for a, b in itertools.zip_longest(board, lines, fillvalue="")]
 
 
-def lines_of(tokens, columns):
-    """Tokens (text, weight, is action) broken before a space into lines of at most `columns` characters, where they have one."""
-    lines, length = [[]], 0
-    for token in tokens:
-        if length + len(token[0]) > columns and token[0][:1].isspace():
-            lines, length, token = [*lines, []], 0, (token[0][1:], *token[1:])
-        lines[-1].append(token)
-        length += len(token[0])
-    return lines
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+body {{ font: 14px/1.6 ui-monospace, Menlo, Consolas, monospace; color: #1f2328; max-width: 62rem; margin: 1rem auto 5rem; padding: 0 1rem }}
+h1 {{ font-size: 1rem }} section {{ display: flex; flex-wrap: wrap; gap: 0 2rem; border-top: 1px solid #d0d7de; padding: .5rem 0 }}
+pre {{ margin: .2rem 0; font: inherit; line-height: 1.25 }} section p {{ flex: 1 1 20rem; margin: .2rem 0; white-space: pre-wrap }}
+.note {{ color: #57606a; font-style: italic; flex-basis: 100% }} [data-t] {{ color: #6e7781 }} .act {{ color: #1f2328; border-radius: 2px }}
+[data-t]:hover, [data-t]:focus {{ outline: 2px solid #0969da }}
+[data-t]:hover::after, [data-t]:focus::after {{ content: attr(data-t); position: fixed; left: 0; right: 0; bottom: 0; padding: .6rem 1rem;
+  background: #1f2328; color: #fff; white-space: pre-wrap; font-style: normal }}
+table {{ border-spacing: 0 .2rem; width: 100% }} td {{ padding: 0 .6rem 0 0; white-space: nowrap }} td:last-child {{ width: 60% }}
+meter {{ width: 100%; height: 1.6rem }} ::-webkit-meter-optimum-value {{ background: #ff7a4d }} ::-moz-meter-bar {{ background: #ff7a4d }}
+</style>
+<h1>{title}</h1>
+<p>Reasoning and tags weigh {alpha:g}; action tokens {low:g} to {high:g}, the redder the more. Point at a token for its numbers, or press Tab
+and then the arrow keys.</p>
+<table><tr><td colspan="3">The action tokens' share in the group's {episodes} episodes</td></tr>
+{bars}</table>
+{sections}
+<script>
+addEventListener("keydown", e => {{
+  const all = [...document.querySelectorAll("[data-t]")], step = {{ArrowRight: 1, ArrowLeft: -1}}[e.key], at = all.indexOf(document.activeElement)
+  if (step && at >= 0) {{ all[Math.min(Math.max(at + step, 0), all.length - 1)].focus(); e.preventDefault() }}
+}})
+</script>
+</html>
+"""
 
 
-def svg(shown, last, title, beta):
-    """The episode as an SVG whose text is text: reasoning grey, action tokens on a background as red as they weigh much."""
-    wide, high, columns, shades, out = 7.25, 18, 110, [], []  # pixels a character, pixels a line, characters a line
-    left = max(len(line) for board, *_ in shown for line in board) + 3
+def action_shares(arm, batch):
+    """[(what of, the action tokens' share of it)] under ActFocus, and last the gradient's under uniform credit.
 
-    def put(row, column, words, kind="", weight=None):
-        words = "".join(c if c.isprintable() else " " for c in words)
-        x, y, length = 12 + column * wide, 26 + row * high, len(words) * wide
-        if weight is not None:
-            share = min(max((weight - 1) / beta, 0), 1) if beta else 1
-            shades.append(f'<rect x="{x:.1f}" y="{y - 13:.0f}" width="{length:.1f}" height="{high - 1}" rx="2" '
-                       f'fill="rgb(255,{224 - 144 * share:.0f},{186 - 142 * share:.0f})"/>')
-        # textLength: whatever monospaced font there is, a word fills its background
-        out.append(f'<text x="{x:.1f}" y="{y:.0f}" textLength="{length:.1f}" lengthAdjust="spacingAndGlyphs" '
-                   f'xml:space="preserve" class="{kind}">{html.escape(words)}</text>')
+    Where all returns are alike there is no gradient to speak of, and the last two are left out.
+    """
+    batch.advantages = arm.credit.advantages(batch)
+    squares, weights = [], batch.weights
+    for batch.weights in (batch.response_mask.float(), weights):
+        totals = arm.gradient(batch)
+        squares.append(totals["grad_action"] / max(totals["grad_all"], 1e-30))
+    share = lambda x: float(x[batch.action_mask].sum() / x[batch.response_mask].sum())
+    shares = [("of the tokens", share(batch.response_mask.float())), ("of the weight", share(weights))]
+    if not batch.advantages.any():
+        return shares
+    return [*shares, ("of the squared gradient", squares[1]), ("of the same, uniform credit", squares[0])]
 
-    put(0, 0, title, "title")
-    alpha = min(weight for _, tokens, _ in shown for _, weight, _ in tokens)
-    put(1.2, 0, f"reasoning and tags: weight {alpha:g}", "grey")
-    put(1.2, 36, "action tokens: weight")
-    for i in range(3):
-        put(1.2, 58 + 7 * i, f" {1 + beta * i / 2:.2f} ", weight=1 + beta * i / 2)
-    row = 3
-    for number, (board, tokens, reward) in enumerate([*shown, (last, [], None)], 1):
-        for i, line in enumerate(board):
-            put(row + i, 0, line)
-        text = lines_of(tokens, columns - left) if tokens else []
-        for i, line in enumerate(text):
-            column = left
-            for (weight, is_action), run in itertools.groupby(line, key=lambda token: token[1:]):
-                words = "".join(word for word, *_ in run)
-                put(row + i, column, words, *(("", weight) if is_action else ("grey",)))
-                column += len(words)
-        weights = ", ".join(f"{words.strip()} {weight:.2f}" for words, weight, is_action in tokens if is_action)
-        put(row + len(text) + 0.2 * bool(text), left, f"turn {number}: {weights}; reward {reward:+.1f}" if tokens else
-            f"return {sum(reward for *_, reward in shown):+.1f}", "note")
-        row += max(len(board), len(text) + 1.2) + 0.8
-    width, height = 24 + columns * wide, row * high + 12
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" font-size="12" '
-            'font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, monospace">\n<style>text{fill:#1f2328} .grey{fill:#767c85} '
-            '.title{font-weight:bold} .note{fill:#57606a;font-style:italic}</style>\n<rect width="100%" height="100%" fill="#fff"/>\n'
-            + "\n".join(shades + out).replace(' class=""', "") + "\n</svg>\n")
+
+def page(shown, last, title, settings, shares):
+    """The episode as HTML that needs nothing else."""
+    s, sections = settings, []
+    for number, (board, tokens, reward) in enumerate(shown, 1):
+        spans = []
+        for token in tokens:
+            numbers = (f"{token.text.strip() or repr(token.text)[1:-1]}: energy {token.energy:.3f}, z {token.z:+.2f}, weight {token.weight:.3f}, "
+                       f"log-prob {token.logprob:.3f}, reference's {token.reference:.3f}")
+            share = min(max((token.weight - 1) / s.beta, 0), 1) if s.beta else 1
+            shade = f' class="act" style="background: rgb(255,{224 - 144 * share:.0f},{186 - 142 * share:.0f})"' if token.is_action else ""
+            spans.append(f'<span tabindex="0" data-t="{html.escape(numbers)}"{shade}>{html.escape(token.text)}</span>')
+        sections.append(f"<section><pre>turn {number}\n{html.escape(chr(10).join(board))}</pre><p>{''.join(spans)}</p>"
+                        f'<p class="note">reward {reward:+.1f}</p></section>')
+    sections.append(f"<section><pre>{html.escape(chr(10).join(last))}</pre><p class=\"note\">return "
+                    f"{sum(reward for *_, reward in shown):+.1f}</p></section>")
+    bars = "".join(f'<tr><td>{name}</td><td>{100 * x:.0f} %</td><td><meter value="{x:.4f}">{100 * x:.0f} %</meter></td></tr>\n'
+                   for name, x in shares)
+    return PAGE.format(title=html.escape(title), alpha=s.alpha, low=1, high=1 + s.beta, episodes=s.rollouts, bars=bars, sections="\n".join(sections))
 
 
 def main(arguments=None):
     parser = SettingsParser("python -m extras.show", description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", help="an arm's, DIR/arms/*.pt; its run's settings are used (default: the agent before training)")
     parser.add_argument("--seed", type=int, help="the board (default: the first that training draws)")
-    parser.add_argument("--svg", type=Path, help="write a picture instead of printing")
+    parser.add_argument("--html", type=Path, help="write a page instead of printing")
     arm, options = agent_at(parser, parser.parse_args(arguments).checkpoint, arguments=arguments)
     s, seed = arm.settings, options.seed
     if seed is None:
@@ -174,11 +193,11 @@ def main(arguments=None):
     batch, row, advantages = best_of_group(arm, seed)
     shown, last = turns(arm, batch, row)
     title = f"{s.env}, board of seed {seed}, {options.checkpoint or 'the agent before training'}: the best of {s.rollouts} episodes"
-    if options.svg:
+    if options.html:
         try:
-            options.svg.write_text(svg(shown, last, title, s.beta), encoding="utf-8")
+            options.html.write_text(page(shown, last, title, s, action_shares(arm, batch)), encoding="utf-8")
         except OSError as error:
-            parser.error(f"svg: {error}")
+            parser.error(f"html: {error}")
         return
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows no √
@@ -193,7 +212,7 @@ def main(arguments=None):
         say("Not one response of the group has the format: nothing can be learnt from it (train.py --teach 32 mends that).")
     for number, (board, tokens, reward) in enumerate(shown, 1):
         print(f"\nturn {number}")
-        print("\n".join(beside(board, [shaded(*token, s.beta, colour) for token in tokens], width)))
+        print("\n".join(beside(board, [shaded(*token[:3], s.beta, colour) for token in tokens], width)))
         print(f"reward {reward:+.1f}")
     print("\n" + "\n".join(last))
     say(f"return {float(batch.returns[row]):+.1f}, advantage {float(advantages[row]):+.2f} (the group's returns: "

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from functools import partial
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -168,24 +167,42 @@ def test_an_episode_is_shown_with_the_weights_of_its_tokens(trained, tmp_path):
         assert str(arguments[1]) in output or "before training" in output
         assert "Symbols: # wall" in output and "Not one response" not in output
     code, output, error = call(show.main, "--checkpoint", checkpoint, "--rollouts", "8", "--alpha", "0.25",
-                               "--svg", tmp_path / "episode.svg")
+                               "--html", tmp_path / "episode.html")
     assert code == 0 and not output, error
-    picture = ElementTree.parse(tmp_path / "episode.svg")
-    said = "".join(picture.getroot().itertext())
-    assert "weight 0.25" in said and "######" in said and str(checkpoint) in said
+    page = (tmp_path / "episode.html").read_text()
+    assert "tags weigh 0.25" in page and "######" in page and str(checkpoint) in page and "src=" not in page and "href=" not in page
+    assert page.count("<section>") == page.count("</section>") > 1 and "nan" not in page
 
 
 def test_the_episode_shown_is_the_best_of_one_group_on_the_board_that_was_asked_for():
     arm = arm_of(rollouts=8, env_options=tuple(BOARDS))
-    batch, row, advantages = show.best_of_group(arm, 3)
-    assert len(batch) == len(advantages) == 8 and set(batch.seeds.tolist()) == {3}
+    batch, row, advantages = show.best_of_group(arm, 5)
+    assert len(batch) == len(advantages) == 8 and set(batch.seeds.tolist()) == {5}
     assert row == int(batch.returns.argmax()) and advantages[row] == advantages.max()
     shown, last = show.turns(arm, batch, row)
     assert sum(reward for *_, reward in shown) == pytest.approx(float(batch.returns[row]), abs=1e-4) and len(last) == 6
     tokens = [token for _, turn, _ in shown for token in turn]
     mask = batch.response_mask[row]
-    assert [weight for _, weight, _ in tokens] == batch.weights[row][mask].tolist()
-    assert [is_action for *_, is_action in tokens] == batch.action_mask[row][mask].tolist()
+    assert [token.weight for token in tokens] == batch.weights[row][mask].tolist()
+    assert [token.is_action for token in tokens] == batch.action_mask[row][mask].tolist()
+    for name, column in (("energy", batch.energy), ("logprob", batch.old_logprobs), ("reference", batch.ref_logprobs)):
+        assert [getattr(token, name) for token in tokens] == column[row][mask].tolist()
+    for token in tokens:  # w = 1 + beta * sigmoid(z)
+        assert not token.is_action or token.weight == pytest.approx(1 + 0.5 / (1 + math.exp(-token.z)), abs=1e-5)
+    shares, uniform = show.action_shares(arm, batch), batch.action_mask.sum() / batch.response_mask.sum()
+    (_, tokens_share), (_, weight_share), (_, gradient), (_, plain) = shares
+    assert tokens_share == pytest.approx(float(uniform)) and tokens_share < weight_share < gradient and plain < gradient <= 1
+    page = show.page(shown, last, "<&>", arm.settings, shares)
+    assert page.count("data-t=") - 6 == len(tokens) and "<title>&lt;&amp;&gt;</title>" in page  # 6: of the style and the script
+
+
+def test_the_page_stands_without_action_tokens_and_with_text_that_looks_like_html(monkeypatch):
+    arm = arm_of(rollouts=3, env_options=tuple(BOARDS))
+    monkeypatch.setattr(show.Arm, "play", lambda arm, *_: trajectories_of(arm, [-0.1, 0.2, 0.3], answers=(('<b id="x">hm',),)))
+    batch, row, _ = show.best_of_group(arm, 0)
+    shown, last = show.turns(arm, batch, row)
+    page = show.page(shown, last, "title", arm.settings, show.action_shares(arm, batch))
+    assert "<b" not in page.split("<section>", 1)[1] and 'class="act"' not in page
 
 
 def test_one_group_is_played_and_without_a_valid_response_it_is_said(monkeypatch):
