@@ -67,14 +67,15 @@ def token_spans(tokenizer, ids, pieces):
     Tokens that share a character (split UTF-8) all span it."""
     before = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # some drop a space that comes first
     decode = lambda ids: tokenizer.decode(before + ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    opening, text = decode([]), decode(ids)
+    opening = len(decode([]))
+    text = decode(ids)[opening:]
     for i in set(ids).difference(pieces):
-        pieces[i] = decode([i])[len(opening):]
-    ends = list(accumulate((len(pieces[i]) for i in ids), initial=len(opening)))
-    if opening + "".join(pieces[i] for i in ids) == text:
+        pieces[i] = decode([i])[opening:]
+    ends = list(accumulate((len(pieces[i]) for i in ids), initial=0))
+    if "".join(pieces[i] for i in ids) == text:
         return text, ends[:-1], ends[1:]
     # What a token adds depends on those before it: decode it with what the last whole character came from.
-    spans, first, here, at = [], 0, 0, len(opening)  # ids[:here] are whole, `at` long; ids[first:here]: the last piece
+    spans, first, here, at = [], 0, 0, 0  # ids[:here] are whole, `at` long; ids[first:here]: the last piece
     for n in range(1, len(ids) + 1):
         known, held, grown = (decode(ids[first:end]) for end in (here, n - 1, n))
         whole = not grown.endswith("\ufffd") or n - here == 4  # U+FFFD: not whole yet, and no character has more bytes
@@ -137,7 +138,6 @@ def token_weights(signal, action_mask, response_mask, *, alpha=0.1, beta=0.5, ep
     check(response_mask, where=action_mask, signal=signal)
     if (action_mask & ~response_mask).any():
         raise ValueError("action_mask marks a token outside response_mask")
-
     weights = response_mask.float() * alpha  # [B, T]
     if action_mask.any():
         score = signal[action_mask].double()  # [N action tokens]
@@ -312,7 +312,7 @@ class Credit:
         return arm.play(seeds, self.settings.temperature, arm.generator)
 
     def filter(self, played):
-        """The trajectories that are trained on, and in response_mask which of their tokens; none: nothing to learn."""
+        """Those that are trained on; none: nothing to learn. Tokens may be taken out of response_ and action_mask."""
         returns, keep = played.returns.view(self.settings.prompts, -1), self.settings.keep  # [P, G]
         groups = variance_filter(returns, keep=keep)
         if keep == 1 and (self.algo == "ppo" or len(groups)):  # no filter: others teach the critic, dilute the loss

@@ -191,7 +191,6 @@ class Sokoban(Env):
     zero-indexed from the top left) or "both".
     """
 
-    name = "sokoban"
     actions = tuple(MOVES)
     intro = ("You are solving Sokoban: push every box onto a target.\nSymbols: # wall, _ floor, O target, X box, "
              "√ box on target, P player, S player on target.\nMoving into a box pushes it, if the cell behind it is "
@@ -308,11 +307,10 @@ def make(name, **options):
 
 def draw_boards(env, rng, n, below, held_out):
     """Seeds under `below` of n boards whose first observation is not in the set `held_out`, the evaluation boards'."""
-    seeds = []
+    seeds, alike = [], len(held_out) == 1 and held_out == {env.reset(seed=seed)[0] for seed in range(8)}
     for _ in range(100 * n):
         seed = int(rng.integers(below))
-        # Where all boards look alike, the seed is all that tells them apart.
-        if env.reset(seed=seed)[0] not in held_out or len(held_out) == 1:
+        if alike or env.reset(seed=seed)[0] not in held_out:  # alike: the seed is all that tells boards apart
             seeds.append(seed)
         if len(seeds) == n:
             return seeds

@@ -39,6 +39,7 @@ class Trajectories:
     valid: torch.Tensor  # [B] float32: share of the responses that paid no format penalty
     turns: torch.Tensor  # [B] int64: responses given
     outcome: list[dict]  # B of name -> number: what the environment says of the finished episode
+    texts: list[list[str]]  # B of the responses as the environment read them
     notes: list  # B objects: what the kind of Transcript kept for a credit method, None for a plain one
 
     def __len__(self):
@@ -50,7 +51,8 @@ class Trajectories:
         rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
         longest = int(self.lengths[rows].max()) if len(rows) else 0
         picked = self._each(lambda x: x[rows] if x.dim() == 1 else x[rows, :longest])
-        picked.outcome, picked.notes = ([x[row] for row in rows.tolist()] for x in (self.outcome, self.notes))
+        for name in ("outcome", "texts", "notes"):
+            setattr(picked, name, [getattr(self, name)[row] for row in rows.tolist()])
         return picked
 
     def to(self, device):
@@ -125,7 +127,7 @@ class Transcript:
     def __init__(self, chat, env, seed, max_context, max_response_tokens):
         self.chat, self.env, self.seed, self.max_length = chat, env, int(seed), max_context - max_response_tokens
         self.ids, self.turn_ids, self.logprobs = [], [], []
-        self.rewards, self.valid, self.success, self.notes = [], [], False, None
+        self.rewards, self.valid, self.texts, self.success, self.notes = [], [], [], False, None
         self.observation, _ = env.reset(seed=seed)
         self._append(chat.opening(self.observation))
         if len(self.ids) > self.max_length:
@@ -139,9 +141,9 @@ class Transcript:
 
     def respond(self, ids, logprobs=None):
         """Record a response, play it, and append what the environment says -> whether the episode goes on."""
-        words = ids[:-1] if ids[-1] in self.chat.stop_ids else ids
+        self.texts.append(self.chat.text(ids[:-1] if ids[-1] in self.chat.stop_ids else ids))
         self._append(ids, len(self.rewards), logprobs)
-        self.observation, reward, terminated, truncated, info = self.env.step(self.chat.text(words))
+        self.observation, reward, terminated, truncated, info = self.env.step(self.texts[-1])
         self.rewards.append(reward)
         self.valid.append(info["valid"])
         self.success = info["success"]
@@ -171,7 +173,8 @@ def pack(transcripts, pad_id=0):
         success=torch.tensor([t.success for t in transcripts]),
         valid=torch.tensor([sum(t.valid) / len(t.valid) for t in transcripts]),
         turns=torch.tensor([len(t.valid) for t in transcripts]),
-        outcome=[t.env.outcome() for t in transcripts], notes=[t.notes for t in transcripts])
+        outcome=[t.env.outcome() for t in transcripts], texts=[t.texts for t in transcripts],
+        notes=[t.notes for t in transcripts])
 
 
 def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, generator, max_context=None,

@@ -33,7 +33,7 @@ from kernels import logits_by_block, token_stats, weighted_loss
 from rollout import Trajectories, load_agent, rollout, score, states, to_tokens
 
 AGENTS = Path(__file__).resolve().parent / "extras" / "agents"  # the built-in ones, taught by `python -m extras.agent`
-# What differs from the defaults: the paper's filter is off on FrozenLake (under GRPO) and in the shop; Sudoku is wordy.
+# What differs from the defaults: there is no filter on FrozenLake and in the shop, as in the paper; Sudoku is wordy.
 DEFAULTS = {"frozenlake": {"keep": 1.0}, "shop": {"keep": 1.0}, "sudoku": {"max_response_tokens": 140}}
 EVALUATION_SEED, VALIDATION_SEED = 1_000_000_000, 2_000_000_000  # training boards are drawn from below both
 EVAL_TEMPERATURE = 0.5  # as in the paper
@@ -204,19 +204,19 @@ class Arm:
             batch.advantages = self.credit.advantages(batch)  # [B, T]
             batch.weights = self.credit.weights(batch)  # [B, T]
             order = torch.from_numpy(self.rng.permutation(len(batch))).to(batch.ids.device)
-            for rows in order.split(s.minibatch):
-                totals.update(self.update(self.gradient(batch.select(rows))))
+            for minibatch in map(batch.select, order.split(s.minibatch)):
+                if minibatch.weights.any():  # else Adam's momentum alone would move the policy
+                    totals.update(self.update(self.gradient(minibatch)))
             metrics |= log.measure(batch, totals)
-        returns = played.returns.view(s.prompts, -1)  # [P, G]
-        return metrics | {"zero_spread_groups": s.prompts - len(variance_filter(returns, keep=1)),
-                          "kept_groups": len(chosen.seeds.unique()), "seconds": time.perf_counter() - started,
+        with_spread = len(variance_filter(played.returns.view(s.prompts, -1), keep=1))
+        return metrics | {"zero_spread_groups": s.prompts - with_spread, "kept_groups": len(chosen.seeds.unique()),
+                          "seconds": time.perf_counter() - started,
                           "tokens_per_second": metrics["generated_tokens"] / metrics["rollout_seconds"]}
 
     @torch.no_grad()
     def score(self, chosen):
         """Trajectories -> Batch: log-probs, energies and values, which stay fixed during the updates."""
         s = self.settings
-
         def fixed(part):
             # Not the sampler's: the same forward pass for old and new makes the first ratio 1 in any precision.
             old = score(self.policy, part.ids, part.response_mask, s.temperature)
@@ -302,9 +302,8 @@ class Arm:
         played = self.play([seed for seed in s.evaluation_seeds() for _ in range(s.eval_rollouts)], EVAL_TEMPERATURE,
                            torch.Generator(s.torch_device).manual_seed(0))
         wins = played.success.view(s.eval_boards, s.eval_rollouts).float().mean(1)  # [boards]
-        facts = extra("facts").accuracy(played, self.tokenizer, self.env)  # is the reasoning true?
-        metrics = extra("metrics").describe(played) | facts | {"board_success": wins.tolist()}
-        return {f"eval_{name}": x for name, x in metrics.items()}
+        metrics = extra("metrics").describe(played) | extra("facts").accuracy(played, self.env)
+        return {f"eval_{name}": x for name, x in metrics.items()} | {"eval_board_success": wins.tolist()}
 
 
 def train_arm(settings, algo, credit, seed):

@@ -57,15 +57,12 @@ def check(env, text):
     return len(stated), sum(sentence in holding for sentence in stated)
 
 
-def accuracy(played, tokenizer, env):
+def accuracy(played, env):
     """Trajectories, played again on a copy of `env` -> metrics: facts stated a response, and the share that was true."""
     stated, true, env = 0, 0, copy.deepcopy(env)
     for row, seed in enumerate(played.seeds.tolist()):
         env.reset(seed=seed)
-        for turn in range(int(played.turns[row])):
-            ids = played.ids[row, played.turn_ids[row] == turn].tolist()
-            words = ids[:-1] if ids[-1] in tokenizer.all_special_ids else ids
-            text = tokenizer.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for text in played.texts[row]:
             counts = check(env, text)
             stated, true = stated + counts[0], true + counts[1]
             env.step(text)

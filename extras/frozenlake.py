@@ -15,7 +15,6 @@ class FrozenLake(Env):
     are drawn until a path within the budget exists.
     """
 
-    name = "frozenlake"
     actions = ("Left", "Down", "Right", "Up")
     intro = ("You are walking over a frozen lake to the goal. The ice is slippery: a move may go sideways instead.\nSymbols: P "
              "player, _ ice, O hole, G goal, X player in hole, √ player on goal.\nFalling into a hole ends the game.")

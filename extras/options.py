@@ -24,7 +24,8 @@ def make_credit(text, algo, settings):
         raise ValueError(f"credits: {unknown[0]!r} is not one of {', '.join(CREDITS)}")
     parts = [CREDITS[part] for part in name.split("+")]
     parts = [pkgutil.resolve_name(part) if isinstance(part, str) else part for part in parts]
-    own_answers = [answer for part in parts for answer in vars(part) if answer in vars(Credit) and answer[0] != "_"]
+    answers = [answer for answer in vars(Credit) if answer[0] != "_"]
+    own_answers = [x for part in parts for x in answers if part is Credit or getattr(part, x) is not getattr(Credit, x)]
     if twice := {answer for answer in own_answers if own_answers.count(answer) > 1} - {"check", "algos"}:
         raise ValueError(f"credits: {name!r} joins methods that both have {', '.join(sorted(twice))} of their own")
     try:
@@ -101,7 +102,8 @@ class SettingsParser(OneLineParser):
         for f in fields(Settings):
             many, choices = isinstance(f.default, tuple), f.metadata["choices"]
             shown = " ".join(map(str, f.default)) if many else f.default
-            text = f"{f.metadata['help']}{' (' + ', '.join(choices) + ')' if choices else ''} (default: {shown})"
+            text = f"{f.metadata['help']}{' (' + ', '.join(choices) + ')' if choices else ''}"
+            text += f" (default: {shown})" * (f.default != ())
             kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
                 "type": type(f.default[0]) if many and f.default else str if many else type(f.default),
                 "nargs": "+" if many else None, "metavar": f.name.split("_")[-1].upper()}

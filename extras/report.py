@@ -322,6 +322,9 @@ def filled(text):
         heads = [head.strip() for head in match[3].split("|")[1:-1]]
         if match[2] == "diagnosis":
             cells = diagnosis(heads[2:])
+        elif match[2] == "decided":
+            from extras import study  # here, because it needs this module
+            cells = study.table()
         else:
             found = list(TABLES.get(match[2], lambda: rows(match[2]))())
             cells = [[cell(head, *row) for head in heads] for row in found]

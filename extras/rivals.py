@@ -54,7 +54,8 @@ class Branch(Transcript):
         """The episode as it stands, to be continued: what was sampled so far is context to it, no response of its own."""
         other = copy.copy(self)
         other.ids, other.logprobs, other.rewards = list(self.ids), list(self.logprobs), list(self.rewards)
-        other.turn_ids, other.env, other.valid, other.notes = [-1] * len(self.ids), copy.deepcopy(self.env), [], []
+        other.turn_ids, other.env, other.valid = [-1] * len(self.ids), copy.deepcopy(self.env), []
+        other.texts, other.notes = [], []
         return other
 
 

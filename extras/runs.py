@@ -216,7 +216,7 @@ def run_arms(train_arm, settings, arms, report):
     several = settings.torch_device.type != "cuda" or settings.model == "tiny"  # a large model fills a GPU alone
     jobs = min(settings.jobs or (cores if several else 1), len(arms))
     context, seen = torch.multiprocessing.get_context("spawn"), Counter()
-    stop, threads = context.Event(), max(1, min(torch.get_num_threads(), cores // jobs))
+    stop, threads, failed = context.Event(), max(1, min(torch.get_num_threads(), cores // jobs)), []
     pool = ProcessPoolExecutor(jobs, context, in_worker, (stop, threads))
     try:
         for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to the whole process group: what is
@@ -232,10 +232,15 @@ def run_arms(train_arm, settings, arms, report):
                     report(line)
                 seen[arm] = max(seen[arm], len(lines))
             for future in done:
-                future.result()  # raises what the arm raised
+                try:
+                    future.result()  # raises what the arm raised
+                except ValueError as error:  # its numbers have gone bad: the other arms go on
+                    failed.append(error)
             if received:
                 stop.set()
         pool.shutdown()  # all is done: let the workers end by themselves, and clean up
+        if failed and not received:
+            raise failed[0]
     except BrokenProcessPool:
         if not received:  # else the signal reached a process that was still starting
             raise ValueError("a training process ended without a word: was it killed, for want of memory? (A smaller "

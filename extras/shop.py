@@ -83,7 +83,6 @@ class Shop(Env):
     such that their own words find a right product within the budget.
     """
 
-    name = "shop"
     actions = ("search[words]", "click[thing]")
     intro = ("You are shopping: find a product that fits the instruction, choose its options and buy it.\nSearch for words, "
              "click on what is listed in square brackets. The purchase ends the game.")

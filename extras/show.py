@@ -72,14 +72,13 @@ def turns(arm, batch, row):
     decode = lambda ids: arm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     ranked = batch.signal[batch.action_mask]
     ranked = ranked if len(ranked) else torch.zeros(1)
-    z = (batch.signal - ranked.mean()) / ranked.std(correction=0).clamp(min=1e-5)
+    z = (batch.signal - ranked.mean()) / (ranked.var(correction=0) + 1e-6).sqrt()  # as token_weights has it
     columns = [x[row].tolist() for x in (batch.weights, batch.action_mask, batch.energy, z, batch.old_logprobs, batch.ref_logprobs)]
     for turn in range(int(batch.turns[row])):
         where = (batch.turn_ids[row] == turn).nonzero()[:, 0]
         tokens = [Token(decode([int(batch.ids[row, t])]), *(x[t] for x in columns)) for t in where]
-        board, ids = env.render().splitlines(), batch.ids[row, where].tolist()
-        reward = env.step(decode(ids[:-1] if ids[-1] in arm.tokenizer.all_special_ids else ids))[1]
-        shown.append((board, tokens, reward))
+        board = env.render().splitlines()
+        shown.append((board, tokens, env.step(batch.texts[row][turn])[1]))
     return shown, env.render().splitlines()
 
 

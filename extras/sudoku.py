@@ -36,7 +36,6 @@ class Sudoku(Env):
     its own, without marks).
     """
 
-    name = "sudoku"
     actions = tuple(f"place {n} at row {r} col {c}" for n, r, c in product(range(1, 5), repeat=3))
     intro = ("You are solving a 4x4 Sudoku: every row, every column and every 2x2 box holds 1, 2, 3 and 4.\nSymbols: [n] "
              "given, n placed by you, *n* placed and in conflict, . empty. Given numbers cannot be changed.")

@@ -454,9 +454,10 @@ def test_methods_are_joined_and_have_settings_of_their_own(randn, monkeypatch):
     ("actfocus:gravity=1", "gravity"), ("actfocus:steps=3", "steps"), ("actfocus:seeds=3", "seeds"),
     ("actfocus:alpha=high", "high"), ("actfocus:alpha", "alpha"), ("actfocus:alpha=2", "alpha"),
     ("actfocus:signal=loudness", "loudness"),
-    ("actfocus:_x=1", "_x"), ("doubled:factor=much", "much"), ("uniform:algo=ppo", "algo")])
+    ("louder+carl", "advantages"), ("louder+doubled", "advantages"), ("actfocus:_x=1", "_x"), ("doubled:factor=much", "much"), ("uniform:algo=ppo", "algo")])
 def test_a_credit_that_cannot_be_is_refused(monkeypatch, text, words):
     monkeypatch.setitem(CREDITS, "doubled", Doubled)
+    monkeypatch.setitem(CREDITS, "louder", type("Louder", (Doubled,), {}))  # what it inherits is its own answer, too
     with pytest.raises(ValueError, match=words):
         make_credit(text, "grpo", settings())
 

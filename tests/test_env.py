@@ -365,6 +365,8 @@ def test_boards_are_drawn_beside_those_that_are_held_out():
         draw_boards(env, np.random.default_rng(0), 4, 300, everything)
     coin = Coin()
     assert len(draw_boards(coin, np.random.default_rng(0), 4, 300, {coin.reset(seed=0)[0]})) == 4  # all look alike
+    one = {look(0)}  # --eval-boards 1: that one is held out, too
+    assert one.isdisjoint(map(look, draw_boards(env, np.random.default_rng(0), 100, 300, one)))
 
 
 def test_frozenlake_moves_like_gymnasiums():
@@ -636,14 +638,25 @@ def test_accuracy_plays_the_episodes_again_and_checks_every_claim_where_it_was_m
         transcripts.append(scripted(tokenizer, copy.deepcopy(env), seed, itertools.repeat(claim), stop=stop))
     stated, true, boards = zip(*expected)
     assert len(set(boards)) > 16 and all(valid for t in transcripts for valid in t.valid)
-    found = accuracy(pack(transcripts), tokenizer, env)
+    found = accuracy(pack(transcripts), env)
     assert found == {"facts": sum(stated) / len(stated), "fact_accuracy": sum(true) / sum(stated)}
     assert env._over and not hasattr(env, "turn")  # the one that was handed over is as it was
 
 
+def test_what_ends_with_another_special_token_is_played_again_as_it_was(agent):
+    """Invalid then and now: else the replay would end before the episode did."""
+    tokenizer, env = agent[1], make("sokoban", walls=0, max_moves=2)
+    env.reset(seed=0)
+    winning = response(env.oracle())
+    played = pack([scripted(tokenizer, copy.deepcopy(env), 0, [winning + "<|endoftext|>", "hm", winning])])
+    assert played.texts[0][0].endswith("<|endoftext|>")
+    assert played.success.all() and int(played.turns) == len(played.texts[0]) == 3
+    assert accuracy(played, env) == {"facts": 0, "fact_accuracy": None}
+
+
 def test_who_claims_nothing_has_no_accuracy(agent):
     played = pack([scripted(agent[1], make("sokoban"), 0, [response(["Up"], "Hm."), "what?"])])
-    assert accuracy(played, agent[1], make("sokoban")) == {"facts": 0, "fact_accuracy": None}
+    assert accuracy(played, make("sokoban")) == {"facts": 0, "fact_accuracy": None}
 
 
 @pytest.mark.parametrize("name", list(ENVS))

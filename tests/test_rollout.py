@@ -610,6 +610,8 @@ def test_a_response_is_a_run_and_a_turn_and_what_stands_between_is_never_read(ag
     tools = "(?s)<think>(.*?)</think>"
     assert tokenizer.decode(flat[action_mask(tokenizer, flat, sampled, pattern=tools)]) == "Left"
     assert tokenizer.decode(flat[action_mask(tokenizer, flat, sampled, pattern=re.compile("Le.t|State"))]) == "Left"
+    opening = action_mask(tokenizer, flat, sampled, column([0, -1, 1, 2, 3]), pattern=r"\A<think>(.*?)</think>")
+    assert tokenizer.decode(flat[opening]) == "Left"  # a response begins where it was sampled
     either = "(?s)<nothing>(.*?)</nothing>|<think>(.*?)</think>"
     assert tokenizer.decode(flat[action_mask(tokenizer, flat, sampled, pattern=either)]) == "Left"
     with pytest.raises(ValueError, match="response_mask"):

@@ -415,6 +415,15 @@ def test_a_rate_that_blows_the_weights_up_stops_its_arm_in_one_line(tmp_path, ra
     assert last.endswith(".pt")
 
 
+def test_an_arm_that_goes_bad_lets_the_others_finish(tmp_path):
+    out = tmp_path / "run"
+    process = start(out, *BRIEF, "--steps", "9", "--algos", "ppo", "--jobs", "1", "--credits", "uniform:lr=1e30", "actfocus")
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    assert error.splitlines()[-1].startswith("train.py: ppo uniform:lr=1e30 seed 0, step "), error
+    assert ArmFiles(out, "ppo", "actfocus", 0).lines()[-1]["step"] == 9
+
+
 LACKS = [torch.OutOfMemoryError("CUDA out of memory"),
          RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")]
 

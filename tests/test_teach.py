@@ -25,7 +25,7 @@ def nll_of_demonstrations(settings, path):
     """How unlikely the model at `path` finds demonstrations that it was not taught, nats a token."""
     model, tokenizer = load_agent(path, "cpu")
     env, rng = settings.make_env(), np.random.default_rng(5)
-    data = demonstrations(env, tokenizer, draw_boards(env, rng, 8, 10**9, set()), rng, 0.75, "answer", "")
+    data = demonstrations(env, tokenizer, draw_boards(env, rng, 8, 10**9, set()), rng, 0.75, "")
     with torch.no_grad():
         return -score(model, data.ids, data.response_mask).logprobs[data.response_mask].mean().item()
 
