@@ -45,6 +45,7 @@ def make_credit(text, algo, settings):
         if is_credits:
             setattr(credit, key, value)
         else:
+            # credits: by its name alone, else the check of these settings would end here again
             credit.settings = replace(credit.settings, credits=(name,), **{key: value})
     return credit
 

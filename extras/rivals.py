@@ -338,7 +338,7 @@ class A2tgpo(Credit):
 
     def advantages(self, batch):
         with self.settings.autocast():
-            belief = beliefs(self.arm.policy, self.arm.tokenizer, batch, self.settings.micro_batch)  # [B, K + 1]
+            belief = beliefs(self.arm.policy, self.arm.tokenizer, batch, self.arm.micro_batch)  # [B, K + 1]
         belief = belief.to(batch.ids.device)
         played = torch.arange(belief.shape[1] - 1, device=belief.device) < batch.turns[:, None]  # [B, K]
         advantages, gain = turn_gain_advantages(belief.diff(dim=1), played, batch.returns, batch.seeds)
