@@ -488,7 +488,7 @@ def test_turns_get_their_own_advantage_and_clip_range(agent):
     model, tokenizer, _ = agent
     data = played(tokenizer, "sudoku", [3] * 4 + [8] * 4, noise=0.7, max_turns=4, max_actions=8)
     credit = make_credit("a2tgpo", "grpo", Settings(env="sudoku", algos=("grpo",)))
-    credit.arm = SimpleNamespace(policy=model, tokenizer=tokenizer)
+    credit.arm = SimpleNamespace(micro_batch=16, policy=model, tokenizer=tokenizer)
     actual = credit.advantages(data)
     gain, mask = beliefs(model, tokenizer, data).diff(dim=1), torch.arange(4) < data.turns[:, None]
     advantages, normalised = turn_gain_advantages(gain, mask, data.returns, data.seeds)
