@@ -153,7 +153,7 @@ def score_logits(model, ids, response_mask, old_logprobs, *functions):
     """Each function(logits[n, V], targets[n], old_logprobs[n]) -> [n], of a model's raw logits, as [B, T] tensors."""
     hidden, weight, bias, targets = states(model, ids, response_mask)
     old_logprobs = old_logprobs[response_mask]
-    made = {function: torch.zeros(len(targets), device=ids.device) for function in functions}
+    made = {function: torch.zeros(len(targets), device=ids.device) for function in functions}  # each once
     with torch.autocast(ids.device.type, enabled=False):
         for rows, logits in logits_by_block(hidden, weight, bias):
             for function, values in made.items():

@@ -17,7 +17,7 @@ import torch
 from test_train import BOARDS, BRIEF, RETURNS, ROOT, arm_of, batch_of, run, strict, trajectories_of, words
 
 from actfocus import SIGNALS, token_weights
-from extras import diagnose, gpu, report, show
+from extras import diagnose, gpu, report, show, study
 from extras.diagnose import gradient_shares, rank_correlation, spearman
 from extras.report import collapse, costs, paired_gain, table
 from extras.runs import ArmFiles, load_checkpoint
@@ -356,3 +356,16 @@ def test_everything_that_wants_a_gpu_can_be_rehearsed(tmp_path):
         assert part["code"] == 0 and part["printed"], (name, part)
     assert all(arm["steps"] == 2 and len(arm["success"]) == 2
                for arm in found["parts"]["default comparison"]["arms"].values())
+
+
+def test_the_study_has_every_setting_whose_files_are_there_and_its_rho_is_of_share_and_gain():
+    """Its table stands in results/README.md, which a test holds to it."""
+    points, folder = study.points(), report.README.parent / "decided"
+    assert len(points) == len(list(folder.glob("*.json"))) and len(list(study.table())) == len(points) >= 5
+    for _, found, rho, arms, rivals in points:
+        assert found["share"] == pytest.approx(found["answer"] / (found["answer"] + found["reasoning"]))
+        assert found["interval"][0] <= found["share"] <= found["interval"][1] and -1 <= rho[0] <= 1
+        assert [arm["seed"] for arm in arms] == [arm["seed"] for arm in rivals] and {arm["credit"] for arm in arms} == {"actfocus"}
+        assert {arm["updates"] for arm in arms} == {arm["updates"] for arm in rivals}  # equal budgets
+    rho, low, high = study.correlation()
+    assert low <= rho <= high
