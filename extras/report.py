@@ -285,7 +285,7 @@ TABLES = {  # name -> its rows, if they are not just those of the run of that na
                           *rows("no-filter-rates", **FIRST, own=":lr=3.3e-5", label="the same, lr 3.3e-5"),
                           *rows("no-filter-rates", **FIRST, own=":lr=1e-5", label="the same, lr 1e-5"),
                           *rows("no-filter-ppo", **FIRST | {"algo": "ppo"}, label="all groups, 4 updates")],
-    "others": lambda: [*rows("frozenlake", **PAIR, label="frozenlake"), *rows("rivals-sudoku", **PAIR, label="sudoku"),
+    "others": lambda: [*rows("frozenlake", **PAIR, label="frozenlake"), *rows("sudoku", **PAIR, label="sudoku"),
                        *rows("shop", **PAIR, label="shop"), *rows("shop-kl", **PAIR, label="shop, group filter, KL 0.001")]}
 
 

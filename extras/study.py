@@ -15,14 +15,14 @@ from extras.diagnose import rank_correlation
 from extras.report import README, by_algo_and_credit, gained, paired_gain, pyplot
 
 SETTINGS = {  # NAME: (what it is, its run)
-    "sokoban": ("Sokoban, plan in the answer", "main"), "think25": ("in the reasoning, a quarter of it", "decided/think25"),
-    "think50": ("half of it", "decided/think50"), "think75": ("three quarters", "decided/think75"),
-    "think100": ("all of it", "plan-think"), "frozenlake": ("FrozenLake", "frozenlake"), "sudoku": ("Sudoku", "sudoku"),
+    "sokoban": ("Sokoban, planned in the answer", "main"), "think25": ("a quarter in the reasoning", "decided/think25"),
+    "think50": ("half in the reasoning", "decided/think50"), "think75": ("three quarters in it", "decided/think75"),
+    "think100": ("all in the reasoning", "plan-think"), "frozenlake": ("FrozenLake", "frozenlake"), "sudoku": ("Sudoku", "sudoku"),
     "shop": ("shop", "shop")}
 
 
 def points():
-    """[(label, found: {"share", "interval"}, energy's rho with its interval, arms, rivals)], one a setting whose files are there."""
+    """[(label, found: {"share", "interval"}, energy's rho and interval, arms, rivals)], one a setting that has its files."""
     made = []
     for name, (label, run) in SETTINGS.items():
         files = [README.parent / "decided" / f"{name}.json", README.parent / run / "summary.json"]
@@ -52,15 +52,16 @@ def plot(path):
     """The scatter; False where matplotlib is not installed."""
     if not (plt := pyplot()):
         return False
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     axis.axhline(0, color="grey", linewidth=1)
     axis.axvline(0.5, color="grey", linewidth=1, linestyle=":")
     for label, found, _, arms, rivals in points():
         (gain, low, high), (left, right), x = (100 * np.array(paired_gain(arms, rivals))), found["interval"], found["share"]
-        axis.errorbar(x, gain, [[gain - low], [high - gain]], [[max(x - left, 0)], [max(right - x, 0)]], fmt="o", capsize=2)
-        axis.annotate(label, (x, gain), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axis.errorbar(x, gain, [[gain - low], [high - gain]], [[max(x - left, 0)], [max(right - x, 0)]], fmt="o", capsize=2,
+                      label=label)
     axis.set(xlabel="share of the return's variance that is decided in the answer (before training)",
              ylabel="gain of ActFocus over uniform credit, points")
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True
