@@ -33,7 +33,7 @@ from kernels import logits_by_block, token_stats, weighted_loss
 from rollout import Trajectories, load_agent, rollout, score, states, to_tokens
 
 AGENTS = Path(__file__).resolve().parent / "extras" / "agents"  # the built-in ones, taught by `python -m extras.agent`
-# What differs from the defaults: there is no filter on FrozenLake and in the shop, as in the paper; Sudoku is wordy.
+# What differs from the defaults: no filter on FrozenLake (in the paper, under GRPO) and in the shop; Sudoku is wordy.
 DEFAULTS = {"frozenlake": {"keep": 1.0}, "shop": {"keep": 1.0}, "sudoku": {"max_response_tokens": 140}}
 EVALUATION_SEED, VALIDATION_SEED = 1_000_000_000, 2_000_000_000  # training boards are drawn from below both
 EVAL_TEMPERATURE = 0.5  # as in the paper
