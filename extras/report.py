@@ -278,6 +278,7 @@ FIRST = PAIR | {"algo": "grpo", "seeds": range(3)}
 TABLES = {  # name -> its rows, if they are not just those of the run of that name; its columns are those whose heads stand there
     "reasoning": lambda: rows("main", before=True),
     "energy": lambda: rows("main", "energy", algo="grpo"),
+    "step-size": lambda: rows("main", "step-size", algo="grpo", seeds=range(3)),
     "rivals-sokoban": lambda: rows("rivals-sokoban", "rivals-sokoban-all"),
     "plan": lambda: [*rows("main", **FIRST, label="the answer (default)"), *rows("plan-think", **FIRST, label="the reasoning")],
     "no-filter": lambda: [*rows("main-earlier", **FIRST, label="a quarter of the groups, 1 update (default)"),
