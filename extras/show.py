@@ -126,7 +126,7 @@ table {{ border-spacing: 0 .2rem; width: 100% }} td {{ padding: 0 .6rem 0 0; whi
 meter {{ width: 100%; height: 1.6rem }} ::-webkit-meter-optimum-value {{ background: #ff7a4d }} ::-moz-meter-bar {{ background: #ff7a4d }}
 </style>
 <h1>{title}</h1>
-<p>Reasoning and tags weigh {alpha:g}; action tokens {low:g} to {high:g}, the redder the more. Point at a token for its numbers, or press Tab
+<p>Reasoning and tags weigh {alpha:g}; action tokens 1 to {high:g}, the redder the more. Point at a token for its numbers, or press Tab
 and then the arrow keys.</p>
 <table><tr><td colspan="3">The action tokens' share in the group's {episodes} episodes</td></tr>
 {bars}</table>
@@ -146,16 +146,15 @@ def action_shares(arm, batch):
 
     Where all returns are alike there is no gradient to speak of, and the last two are left out.
     """
-    batch.advantages = arm.credit.advantages(batch)
-    squares, weights = [], batch.weights
-    for batch.weights in (batch.response_mask.float(), weights):
-        totals = arm.gradient(batch)
-        squares.append(totals["grad_action"] / max(totals["grad_all"], 1e-30))
-    share = lambda x: float(x[batch.action_mask].sum() / x[batch.response_mask].sum())
-    shares = [("of the tokens", share(batch.response_mask.float())), ("of the weight", share(weights))]
+    batch.advantages, weights, uniform = arm.credit.advantages(batch), batch.weights, batch.response_mask.float()
+    share = lambda x: float(x[batch.action_mask].sum() / x.sum())
+    shares = [("of the tokens", share(uniform)), ("of the weight", share(weights))]
     if not batch.advantages.any():
         return shares
-    return [*shares, ("of the squared gradient", squares[1]), ("of the same, uniform credit", squares[0])]
+    for name, batch.weights in (("of the same, uniform credit", uniform), ("of the squared gradient", weights)):
+        totals = arm.gradient(batch)
+        shares.insert(2, (name, totals["grad_action"] / max(totals["grad_all"], 1e-30)))
+    return shares
 
 
 def page(shown, last, title, settings, shares):
@@ -175,7 +174,8 @@ def page(shown, last, title, settings, shares):
                     f"{sum(reward for *_, reward in shown):+.1f}</p></section>")
     bars = "".join(f'<tr><td>{name}</td><td>{100 * x:.0f} %</td><td><meter value="{x:.4f}">{100 * x:.0f} %</meter></td></tr>\n'
                    for name, x in shares)
-    return PAGE.format(title=html.escape(title), alpha=s.alpha, low=1, high=1 + s.beta, episodes=s.rollouts, bars=bars, sections="\n".join(sections))
+    return PAGE.format(title=html.escape(title), alpha=s.alpha, high=1 + s.beta, episodes=s.rollouts, bars=bars,
+                       sections="\n".join(sections))
 
 
 def main(arguments=None):

@@ -17,20 +17,19 @@ from extras.report import README, by_algo_and_credit, gained, paired_gain, pyplo
 SETTINGS = {  # NAME: (what it is, its run)
     "sokoban": ("Sokoban, planned in the answer", "main"), "think25": ("a quarter in the reasoning", "decided/think25"),
     "think50": ("half in the reasoning", "decided/think50"), "think75": ("three quarters in it", "decided/think75"),
-    "think100": ("all in the reasoning", "plan-think"), "frozenlake": ("FrozenLake", "frozenlake"), "sudoku": ("Sudoku", "sudoku"),
-    "shop": ("shop", "shop")}
+    "think100": ("all in the reasoning", "plan-think"), "frozenlake": ("FrozenLake", "frozenlake"),
+    "sudoku": ("Sudoku", "sudoku")}
 
 
 def points():
-    """[(label, found: {"share", "interval"}, energy's rho and interval, arms, rivals)], one a setting that has its files."""
+    """[(label, found: {"share", "interval"}, energy's rho and interval, arms, rivals)] of each setting."""
     made = []
     for name, (label, run) in SETTINGS.items():
-        files = [README.parent / "decided" / f"{name}.json", README.parent / run / "summary.json"]
-        if all(file.exists() for file in files):
-            diagnosis, summary = (json.loads(file.read_text()) for file in files)
-            groups = by_algo_and_credit(summary)
-            made.append((label, diagnosis["decided"]["all turns"], diagnosis["spearman"]["energy, action tokens"],
-                         groups["grpo", "actfocus"], groups["grpo", "uniform"]))
+        files = (README.parent / "decided" / f"{name}.json", README.parent / run / "summary.json")
+        diagnosis, summary = (json.loads(file.read_text()) for file in files)
+        groups = by_algo_and_credit(summary)
+        made.append((label, diagnosis["decided"]["all turns"], diagnosis["spearman"]["energy, action tokens"],
+                     groups["grpo", "actfocus"], groups["grpo", "uniform"]))
     return made
 
 

@@ -7,9 +7,10 @@ correction, KL and entropy terms stay as they are. One line goes into RayPPOTrai
 
 and the reference worker has to send `ref_energy` [B, T] (over the responses) along: -logsumexp of its logits, where it makes log-probs of
 them (`prepare_model_outputs` of the FSDP engine), before verl divides them by the temperature. Weights have mean 1 over a step's
-batch, so under loss_agg_mode="token-mean" the loss is divided by their sum; of several minibatches, each has nearly that. Run with verl 0.9.1 on a CPU: this function, verl's
-vanilla loss, and an update of its actor (FSDP2 engine, `ppo_loss`: the gradient of the weighted loss). Only read: the trainer
-with its workers, the other engines.
+batch, so under loss_agg_mode="token-mean" the loss is divided by their sum; of several minibatches, each has nearly that.
+
+Run with verl 0.9.1 on a CPU: this function, verl's vanilla loss, and an update of its actor (FSDP2 engine, `ppo_loss`: the
+gradient of the weighted loss). Only read: the trainer with its workers, the other engines.
 
 prime-rl, too, has an advantage a token (`advantages` of prime_rl.trainer.rl.loss.compute_loss, commit 851c48f, read only): multiply
 them where its orchestrator makes them. It clips the ratio from above alone, which is homogeneous as well.
