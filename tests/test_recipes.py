@@ -170,6 +170,7 @@ trainer = ActFocusTrainer(model=model, processing_class=tokenizer, reward_funcs=
 trainer.train()
 if trainer.accelerator.is_main_process:
     print("LOG", json.dumps([line for line in trainer.state.log_history if "loss" in line]))
+trainer.accelerator.end_training()  # gloo's threads, left to the interpreter's end, abort there now and then
 """
 
 

@@ -107,3 +107,4 @@ for name, x in model.named_parameters():
     moved = (whole(dict(engine.module.named_parameters())[name]) - x).abs().max()
     assert 0 < moved < 2e-3, (name, moved)  # Adam's first step is the learning rate, or less
 print("the same loss and gradients")
+torch.distributed.destroy_process_group()
