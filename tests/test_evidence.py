@@ -111,7 +111,7 @@ def test_where_nothing_has_weight_there_is_no_share_of_a_gradient(tmp_path, monk
     answers = (("hm",), ("hm", "well"))
     monkeypatch.setattr(show.Arm, "play", lambda arm, *_: trajectories_of(arm, RETURNS, answers=answers))
     code, _, error = call(diagnose.main, "--alpha", "0", "--groups", "2", "--nested-boards", "2", "--prompts", "2", "--rollouts", "3",
-                          "--keep", "1", "--out", tmp_path)
+                          "--keep", "1", "--max-response-tokens", "1", "--out", tmp_path)
     assert code == 0, error
     assert strict((tmp_path / "diagnosis.json").read_text())["grad_share_action"] == {"uniform": 0, "actfocus": None}
 
@@ -219,7 +219,7 @@ def test_one_group_is_played_and_without_a_valid_response_it_is_said(monkeypatch
     assert code == 2 and error.count("\n") == 1 and "seed" in error
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_a_narrow_terminal_that_knows_few_characters_is_enough(encoding):
     done = subprocess.run([sys.executable, "-m", "extras.show", "--seed", "3", "--rollouts", "4"], cwd=ROOT, capture_output=True,
                           env=os.environ | {"COLUMNS": "20", "PYTHONIOENCODING": encoding}, timeout=100)

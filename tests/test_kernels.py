@@ -678,6 +678,7 @@ def test_a_model_whose_numbers_went_bad_is_named(played, function):
         function(*played)
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_its_table():
     """Small shapes, one round: every method that is installed has a row, and the gradients are right."""
     methods = ["weighted_loss", "token_stats", "full logits", "checkpoint per chunk"]

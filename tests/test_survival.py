@@ -108,7 +108,8 @@ def stopping(monkeypatch):
     return stop
 
 
-@pytest.mark.parametrize("algo, credit", [("ppo", "actfocus"), pytest.param("grpo", "uniform", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algo, credit", [("ppo", "actfocus"), ("grpo", "uniform")])
 def test_an_arm_that_stops_after_every_step_takes_up_where_it_stopped(tmp_path, monkeypatch, stopping, algo, credit):
     """No step is done twice, and nothing that a step changes is missing in the checkpoint."""
     steps, original = [], train.Arm.step
@@ -415,13 +416,14 @@ def test_a_rate_that_blows_the_weights_up_stops_its_arm_in_one_line(tmp_path, ra
     assert last.endswith(".pt")
 
 
+@pytest.mark.slow
 def test_an_arm_that_goes_bad_lets_the_others_finish(tmp_path):
     out = tmp_path / "run"
-    process = start(out, *BRIEF, "--steps", "9", "--algos", "ppo", "--jobs", "1", "--credits", "uniform:lr=1e30", "actfocus")
+    process = start(out, *BRIEF, "--steps", "3", "--algos", "ppo", "--jobs", "1", "--credits", "uniform:lr=1e30", "actfocus")
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 1
     assert error.splitlines()[-1].startswith("train.py: ppo uniform:lr=1e30 seed 0, step "), error
-    assert ArmFiles(out, "ppo", "actfocus", 0).lines()[-1]["step"] == 9
+    assert ArmFiles(out, "ppo", "actfocus", 0).lines()[-1]["step"] == 3
 
 
 LACKS = [torch.OutOfMemoryError("CUDA out of memory"),
