@@ -179,7 +179,7 @@ def test_sokoban_through_trl_has_the_same_metrics_on_one_process_and_on_two(reci
     script, logs = tmp_path / "train_trl.py", []
     script.write_text(PROCESSES.format(root=str(ROOT), out=str(tmp_path / "out")))
     for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29517", script, processes]
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", script, processes]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240,
                               env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
         assert done.returncode == 0, done.stderr[-3000:]
