@@ -315,7 +315,7 @@ class Credit:
         """Those that are trained on; none: nothing to learn. Tokens may be taken out of response_ and action_mask."""
         returns, keep = played.returns.view(self.settings.prompts, -1), self.settings.keep  # [P, G]
         groups = variance_filter(returns, keep=keep)
-        if keep == 1 and (self.algo == "ppo" or len(groups)):  # no filter: others teach the critic, dilute the loss
+        if keep == 1 and (self.algo == "ppo" or len(groups)):  # no filter: those without spread stay
             groups = torch.arange(len(returns))
         return played.select((groups[:, None] * returns.shape[1] + torch.arange(returns.shape[1])).flatten())
 

@@ -247,7 +247,7 @@ class Sokoban(Env):
             SOLVED[key] = shortest_path((self.player, self.boxes),
                                         lambda state: ((action, self.after(*state, action)) for action in MOVES),
                                         lambda state: state[1] == self.targets, limit)
-        return SOLVED[key] and list(SOLVED[key])
+        return None if SOLVED[key] is None else list(SOLVED[key])
 
     def oracle(self):
         return self._search()

@@ -81,7 +81,7 @@ class Settings:
     clip_high: float = setting(0.28, "ratio is clipped above at 1 + this", 0)
     gamma: float = setting(1.0, "PPO: discount a token", 0, 1)
     lam: float = setting(1.0, "PPO: GAE's lambda", 0, 1)
-    entropy_coef: float = setting(0.001, "entropy bonus, mean over the trained tokens, the same for every credit", 0)
+    entropy_coef: float = setting(0.001, "entropy bonus: a plain mean over the tokens that have weight", 0)
     kl_coef: float = setting(0.0, "penalty on the KL to the frozen reference (paper 0; 0.001 on WebShop)", 0)
     temperature: float = setting(1.0, "of the training rollouts", 0.01)
     max_response_tokens: int = setting(100, "length at which a response is cut (paper 400)", 1)
@@ -183,7 +183,7 @@ class Arm:
         self.held_out = {self.env.reset(seed=seed)[0] for seed in s.evaluation_seeds()}
         self.rng = np.random.default_rng(seed)  # boards and minibatches
         self.generator = torch.Generator(s.torch_device).manual_seed(seed)  # tokens
-        self.micro_batch, self.bad_updates = s.micro_batch, 0  # halved when memory runs out; in a row
+        self.micro_batch, self.bad_updates = s.micro_batch, 0  # halved when memory runs out; how many came in a row
 
     def play(self, seeds, temperature, generator, **options):
         """One episode a seed -> Trajectories."""
@@ -297,7 +297,7 @@ class Arm:
         return {**log, "grad_norm": norms[0], "updates": 1, "skipped_updates": 0} if finite else {"skipped_updates": 1}
 
     def evaluate(self):
-        """Success on the evaluation boards -> metrics. The same luck every time: differences are the policy's."""
+        """Success on the evaluation boards -> metrics; the generator starts from one seed each time."""
         s = self.settings
         played = self.play([seed for seed in s.evaluation_seeds() for _ in range(s.eval_rollouts)], EVAL_TEMPERATURE,
                            torch.Generator(s.torch_device).manual_seed(0))

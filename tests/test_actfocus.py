@@ -214,6 +214,22 @@ def test_no_weight_no_loss(randn):
     assert loss == 0 and not logprobs.grad.any() and stats["ratio_mean"] == 0
 
 
+def test_log_probs_of_bfloat16_logits_want_float32():
+    """README's loop casts the logits: without, the gradient is several times as wrong."""
+    logits, errors = 3 * torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)), []
+    targets, advantages = torch.arange(64), torch.linspace(-1, 1, 64)[None]
+
+    def gradient(cast, leaf):
+        leaf = leaf.requires_grad_()
+        old = leaf.detach().double().log_softmax(-1)[range(64), targets][None]
+        loss, _ = weighted_policy_loss(cast(leaf).log_softmax(-1)[range(64), targets][None], old, advantages, torch.ones(1, 64))
+        return torch.autograd.grad(loss, leaf)[0].double()
+    right = gradient(torch.Tensor.double, logits.bfloat16().double())
+    for cast in (torch.Tensor.float, lambda x: x):
+        errors.append((gradient(cast, logits.bfloat16()) - right).norm() / right.norm())
+    assert errors[0] < 3e-3 and errors[1] > 4 * errors[0]
+
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

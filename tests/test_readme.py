@@ -129,7 +129,7 @@ def test_the_main_table_holds_the_mean_final_success_of_every_arm():
     assert len(finals) == 4
     for (algo, credit), values in finals.items():
         row, = [line for line in RESULTS.splitlines()
-                if line.startswith(f"| {algo.upper()}, {credit.replace('actfocus', 'ActFocus')} |") and line.count("|") == 10]
+                if line.startswith(f"| {algo.upper()}, {credit.replace('actfocus', 'ActFocus')} |") and line.count("|") == 11]
         assert len(values) == 5 and f"| {100 * np.mean(values):.1f} (" in row
 
 
