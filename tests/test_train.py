@@ -512,13 +512,14 @@ def test_every_rival_learns(tmp_path):
 @pytest.mark.slow
 def test_every_rival_learns_in_a_process_of_its_own_and_repeats_itself(tmp_path):
     results = []
-    for out in (tmp_path / "one", tmp_path / "two"):
-        process = start(out, *RIVALS, "a2tgpo:turn_clip=common", "--seeds", "1")
+    for out, *less in ((tmp_path / "one",), (tmp_path / "two", "--credits", "carl", "a2tgpo+actfocus")):
+        process = start(out, *RIVALS, "a2tgpo:turn_clip=common", "--seeds", "1", *less)
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
         results.append(metrics(out))
-    assert results[0] == results[1] and len(results[0]) == 5 * 3
-    assert all(arm["updates"] > 0 for arm in strict((out / "summary.json").read_text())["arms"])
+        assert all(arm["updates"] > 0 for arm in strict((out / "summary.json").read_text())["arms"])
+    assert len(results[0]) == 5 * 3
+    assert results[1] == [line for line in results[0] if line["credit"] in ("carl", "a2tgpo+actfocus")]
 
 
 @pytest.mark.parametrize("env", ["frozenlake", pytest.param("shop", marks=pytest.mark.slow)])
