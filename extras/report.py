@@ -291,7 +291,9 @@ TABLES = {  # name -> its rows, if they are not just those of the run of that na
                                   *rows("no-filter-rates", **FIRST, own=":lr=1e-5", label="the same, lr 1e-5"),
                                   *rows("no-filter-ppo", **FIRST | {"algo": "ppo"}, label="all groups, 4 updates")],
     "others": lambda: [*rows("frozenlake", **PAIR, label="frozenlake"), *rows("sudoku", **PAIR, label="sudoku"),
-                       *rows("shop", **PAIR, label="shop"), *rows("shop-kl", **PAIR, label="shop, group filter, KL 0.001")]}
+                       *rows("shop-kl", **PAIR, label="shop, group filter, KL 0.001"),
+                       *rows("shop-kl-earlier", **PAIR, label="the same, an earlier agent"),
+                       *rows("shop", **PAIR, label="shop, no filter, an earlier agent")]}
 
 
 def cell(head, label, name, arms, uniform, actfocus):

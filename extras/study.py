@@ -18,7 +18,7 @@ SETTINGS = {  # NAME: (what it is, its run)
     "sokoban": ("Sokoban, planned in the answer", "main"), "think25": ("a quarter in the reasoning", "decided/think25"),
     "think50": ("half in the reasoning", "decided/think50"), "think75": ("three quarters in it", "decided/think75"),
     "think100": ("all in the reasoning", "plan-think"), "frozenlake": ("FrozenLake", "frozenlake"),
-    "sudoku": ("Sudoku", "sudoku")}
+    "sudoku": ("Sudoku", "sudoku"), "shop": ("the shop", "shop-kl")}
 
 
 def points():
