@@ -100,7 +100,9 @@ def test_a_game_that_only_reads_the_answer_is_decided_in_the_answer(monkeypatch)
 def test_the_diagnosis_prints_and_keeps_the_verdict(tmp_path):
     code, output, error = call(diagnose.main, *words([]), "--groups", "2", "--nested-boards", "2", "--out", tmp_path)
     assert code == 0 and "share of the answer" in output and "first turn" in output, error
-    kept = json.loads((tmp_path / "diagnosis.json").read_text())["decided"]
+    found = json.loads((tmp_path / "diagnosis.json").read_text())
+    kept = found["decided"]
+    assert 0.8 < found["fact_accuracy"] <= 1 and f"{100 * found['fact_accuracy']:.0f} % of the facts" in output
     assert kept["episodes"] >= 2 * 48 and {"first turn", "all turns"} <= kept.keys()
     code, _, error = call(diagnose.main, "--nested-boards", "1")
     assert code == 2 and error.count("\n") == 1 and "boards" in error
