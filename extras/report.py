@@ -281,6 +281,7 @@ TABLES = {  # name -> its rows, if they are not just those of the run of that na
     "step-size": lambda: rows("main", "step-size", algo="grpo", seeds=range(3)),
     "rivals-sokoban": lambda: rows("rivals-sokoban", "rivals-sokoban-all"),
     "plan": lambda: [*rows("main", **FIRST, label="the answer (default)"), *rows("plan-think", **FIRST, label="the reasoning")],
+    "rates": lambda: rows("rates", "rates-high"),
     "own-rate": lambda: rows("main", "own-rate", algo="grpo"),
     "no-filter": lambda: [*rows("main", **FIRST, label="a quarter of the groups, 1 update (default)"),
                           *rows("no-filter", **FIRST, own=":keep=1", label="all groups, 4 updates")],
