@@ -100,8 +100,7 @@ def diagnose(arm, groups):
             of_group = lambda x: x.view(-1, s.rollouts * x.shape[1]).sum(1).cpu()  # [B, T] -> [P]
             for name, signal in zip(names, (x.round(decimals=5) for x in signals)):  # rounding noise has no ranks
                 means[name, kind].append(of_group(signal * mask) / of_group(mask))
-        groups_played = played.returns.view(-1, s.rollouts)
-        kept = variance_filter(groups_played, keep=s.keep)
+        kept = variance_filter(returns[-1], keep=s.keep)
         if len(kept):
             chosen = batch.select((kept[:, None] * s.rollouts + torch.arange(s.rollouts)).flatten())
             chosen.advantages = arm.credit.advantages(chosen)
