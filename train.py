@@ -56,7 +56,7 @@ class Settings:
     """Everything that decides a run. Where the paper's value differs from the default, the text names it."""
 
     env: str = setting("sokoban", f"environment: {', '.join(environments.ENVS)}, or module:Class")
-    env_options: tuple[str, ...] = setting((), "its options, KEY=VALUE (default: the built-in agent's own boards)")
+    env_options: tuple[str, ...] = setting((), "its options, KEY=VALUE, in place of the built-in agent's own boards")
     model: str = setting("tiny", "'tiny' (built in) or a Hugging Face id or directory (paper: Qwen2.5 Instruct)")
     teach: int = setting(0, "demonstrated episodes that teach the model to answer in the format, before training", 0)
     algos: tuple[str, ...] = setting(("ppo", "grpo"), "algorithms to compare", choices=("ppo", "grpo"))

@@ -3,10 +3,11 @@
     python -m extras.study        # prints the table and Spearman's rho, draws results/decided/verdict.png
 
 For each setting of agent and environment: results/decided/NAME.json, what `extras.diagnose` found before training, and
-the summary.json of a run of both credits under GRPO. results/README.md has the commands.
+the summary.json of runs of uniform credit and of ActFocus at several alphas under GRPO. results/README.md has the commands.
 """
 
 import json
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -14,36 +15,47 @@ import torch
 from extras.diagnose import rank_correlation
 from extras.report import README, by_algo_and_credit, gained, paired_gain, pyplot
 
-SETTINGS = {  # NAME: (what it is, its run)
-    "sokoban": ("Sokoban, planned in the answer", "main"), "think25": ("a quarter in the reasoning", "decided/think25"),
-    "think50": ("half in the reasoning", "decided/think50"), "think75": ("three quarters in it", "decided/think75"),
-    "think100": ("all in the reasoning", "plan-think"), "frozenlake": ("FrozenLake", "frozenlake"),
-    "sudoku": ("Sudoku", "sudoku"), "shop": ("the shop", "shop-kl")}
+SETTINGS = {  # NAME: (what it is, its runs)
+    "sokoban": ("Sokoban, planned in the answer", "main", "alpha/sokoban"),
+    "think25": ("a quarter in the reasoning", "decided/think25", "alpha/think25"),
+    "think50": ("half in the reasoning", "decided/think50", "alpha/think50"),
+    "think75": ("three quarters in it", "decided/think75", "alpha/think75"),
+    "think100": ("all in the reasoning", "plan-think", "alpha/think100"),
+    "frozenlake": ("FrozenLake", "frozenlake", "alpha/frozenlake"),
+    "sudoku": ("Sudoku", "sudoku", "alpha/sudoku"),
+    "shop": ("the shop", "shop-kl", "alpha/shop")}
+ALPHAS = ("actfocus:alpha=0", "actfocus", "actfocus:alpha=0.3", "uniform")  # reasoning weighs 0, 0.1, 0.3 and 1
+# decided: {"share", "interval"}; rho: energy's, with its interval; arms, rivals: ActFocus's and uniform credit's
+Point = namedtuple("Point", "label decided rho facts arms rivals finals")
 
 
 def points():
-    """[(label, found: {"share", "interval"}, energy's rho and interval, arms, rivals)] of each setting."""
-    made = []
-    for name, (label, run) in SETTINGS.items():
-        files = (README.parent / "decided" / f"{name}.json", README.parent / run / "summary.json")
-        diagnosis, summary = (json.loads(file.read_text()) for file in files)
-        groups = by_algo_and_credit(summary)
-        made.append((label, diagnosis["decided"]["all turns"], diagnosis["spearman"]["energy, action tokens"],
-                     groups["grpo", "actfocus"], groups["grpo", "uniform"]))
+    """A Point for each setting; facts: share of those stated before training that is true; finals: success at ALPHAS."""
+    read, made = lambda name: json.loads((README.parent / name).read_text()), []
+    for name, (label, *runs) in SETTINGS.items():
+        diagnosis, groups = read(f"decided/{name}.json"), {}
+        for run in runs:
+            groups |= by_algo_and_credit(read(f"{run}/summary.json"))
+        arms, rivals = groups["grpo", "actfocus"], groups["grpo", "uniform"]
+        finals = [np.mean([arm["final_success"] for arm in groups["grpo", credit][:3]]) if ("grpo", credit) in groups else None
+                  for credit in ALPHAS]
+        made.append(Point(label, diagnosis["decided"]["all turns"], diagnosis["spearman"]["energy, action tokens"],
+                          arms[0]["eval"]["fact_accuracy"][0], arms, rivals, finals))
     return made
 
 
 def table():
     """Cells of the table in results/README.md."""
     number = lambda x: "-" if x is None else f"{x:.2f}"
-    for label, found, rho, arms, rivals in points():
-        yield (label, f"{number(found['share'])} [{'..'.join(map(number, found['interval']))}]",
-               f"{number(rho[0])} [{'..'.join(map(number, rho[1:]))}]", ", ".join(gained(arms, rivals)[1:]))
+    for p in points():
+        yield (p.label, f"{number(p.decided['share'])} [{'..'.join(map(number, p.decided['interval']))}]", f"{100 * p.facts:.0f}",
+               f"{number(p.rho[0])} [{'..'.join(map(number, p.rho[1:]))}]", ", ".join(gained(p.arms, p.rivals)[1:]),
+               " / ".join("-" if x is None else f"{100 * x:.0f}" for x in p.finals))
 
 
 def correlation():
     """Spearman's rho of share and gain over the settings, with a 95 % interval from a bootstrap over them."""
-    shares, gains = zip(*((found["share"], paired_gain(arms, rivals)[0]) for _, found, _, arms, rivals in points()))
+    shares, gains = zip(*((p.decided["share"], paired_gain(p.arms, p.rivals)[0]) for p in points()))
     return rank_correlation(torch.tensor(shares), torch.tensor(gains), np.random.default_rng(0))
 
 
@@ -54,10 +66,10 @@ def plot(path):
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     axis.axhline(0, color="grey", linewidth=1)
     axis.axvline(0.5, color="grey", linewidth=1, linestyle=":")
-    for label, found, _, arms, rivals in points():
-        (gain, low, high), (left, right), x = (100 * np.array(paired_gain(arms, rivals))), found["interval"], found["share"]
+    for p in points():
+        (gain, low, high), (left, right), x = 100 * np.array(paired_gain(p.arms, p.rivals)), p.decided["interval"], p.decided["share"]
         axis.errorbar(x, gain, [[gain - low], [high - gain]], [[max(x - left, 0)], [max(right - x, 0)]], fmt="o", capsize=2,
-                      label=label)
+                      label=p.label)
     axis.set(xlabel="share of the return's variance that is decided in the answer (before training)",
              ylabel="gain of ActFocus over uniform credit, points")
     figure.legend(loc="outside right upper")
