@@ -153,7 +153,7 @@ def token_logprobs(logits, targets):
 
 
 # What is put in the place of energy in the paper's ablation (random: a control of ours). Each is (logits[n, V] of the
-# frozen reference, targets[n], old_logprobs[n] of the policy that sampled) -> the score [n] of n tokens.
+# frozen reference, targets[n], old_logprobs[n] of the policy that sampled) -> [n]: the higher, the heavier the token.
 SIGNALS = {
     "energy": lambda logits, targets, old_logprobs: token_energy(logits),
     "entropy": lambda logits, targets, old_logprobs: Categorical(logits=logits, validate_args=False).entropy(),
@@ -167,9 +167,9 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
     """Clipped policy loss with token weights; all [B, T], read where weights > 0 -> (loss, stats).
 
     L = -(1 / weight_sum) sum_t w_t min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t), rho_t = exp(logprobs -
-    old_logprobs). weight_sum is the sum of weights over the whole optimiser minibatch. Where a call sees only a part of
-    it (a micro-batch), pass the whole's sum: the parts' losses and gradients then add up to the whole's. A mean per
-    micro-batch would not. Without any weight the loss is 0. clip_low, clip_high: a number, or one a token, [B, T].
+    old_logprobs). weight_sum: that of the whole optimiser minibatch's weights (or a constant, as in Dr. GRPO). Where a
+    call sees only a part of it (a micro-batch), pass the whole's: the parts' losses and gradients then add up to the
+    whole's, means would not. Without any weight the loss is 0. clip_low, clip_high: a number, or one a token, [B, T].
 
     stats, plain means over the tokens with weight > 0, no gradient: approx_kl (rho - 1 - log rho, Schulman's k3, nats),
     clip_fraction (rho outside the clip range, whatever the advantage's sign), ratio_mean.
@@ -293,16 +293,17 @@ def variance_filter(returns, keep=0.25):
 class Credit:
     """Plain PPO and GRPO. A method of credit assignment is a subclass with the answers in which it differs.
 
-    arm: train.Arm; played: rollout.Trajectories; batch, minibatch: train.Batch.
+    arm: train.Arm; played: rollout.Trajectories; batch, minibatch: train.Batch. A class attribute that is a number or a
+    text is a setting, NAME:ATTRIBUTE=VALUE. `step` is the run's; what else it remembers is lost where a run is resumed.
     """
 
     algos = ("ppo", "grpo")  # what it goes with
 
     def __init__(self, algo, settings):
-        self.algo, self.settings = algo, settings
+        self.algo, self.settings, self.step = algo, settings, 0
 
     def check(self, env):
-        """ValueError where the method cannot be used."""
+        """ValueError where the method cannot be used; asked before a run, of a copy that does not train."""
         if self.algo not in self.algos:
             raise ValueError(f"credits: {type(self).__name__} goes with --algos {' '.join(self.algos)} alone")
 

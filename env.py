@@ -4,7 +4,7 @@ An episode is a conversation. Each turn the environment shows its state as text,
 
     <think> any reasoning </think><answer> Up || Left </answer>
 
-and the environment plays the actions it finds between the answer tags. `reset` and `step` are as in Gymnasium:
+and the environment plays the actions between the answer tags, then shows its state again. The calls are Gymnasium's:
 
     >>> env = make("sokoban")
     >>> observation, info = env.reset(seed=7)
@@ -85,7 +85,7 @@ class Env:
         return False
 
     def oracle(self):
-        """A shortest list of actions to the goal from here, or None where there is none."""
+        """A shortest list of actions to the goal from here, or None where there is none; demonstrations play it."""
         raise NotImplementedError
 
     def read(self, text):

@@ -355,7 +355,7 @@ def states(model, ids, response_mask):
 def to_tokens(values, response_mask):
     """values[N] of the response tokens -> [B, T] float32, 0 elsewhere. FloatingPointError: they are not finite."""
     if not torch.isfinite(values).all():
-        raise FloatingPointError("the model's log-probs or energies are not finite")
+        raise FloatingPointError("log-probs, energies or what ranks tokens are not finite")
     blank = torch.zeros(response_mask.shape, dtype=torch.float32, device=values.device)
     return blank.masked_scatter(response_mask, values.float())
 

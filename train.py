@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import env as environments
-from actfocus import CREDITS, SIGNALS, Credit, Critic, gae, token_logprobs, variance_filter, weighted_policy_loss
+from actfocus import CREDITS, SIGNALS, Credit, Critic, gae, token_logprobs, weighted_policy_loss
 from kernels import logits_by_block, token_stats, weighted_loss
 from rollout import Trajectories, load_agent, rollout, score, states, to_tokens
 
@@ -60,7 +60,7 @@ class Settings:
     model: str = setting("tiny", "'tiny' (built in) or a Hugging Face id or directory (paper: Qwen2.5 Instruct)")
     teach: int = setting(0, "demonstrated episodes that teach the model to answer in the format, before training", 0)
     algos: tuple[str, ...] = setting(("ppo", "grpo"), "algorithms to compare", choices=("ppo", "grpo"))
-    credits: tuple[str, ...] = setting(("uniform", "actfocus"), f"any of {', '.join(CREDITS)}, or two joined by +, "
+    credits: tuple[str, ...] = setting(("uniform", "actfocus"), f"any of {', '.join(CREDITS)}, or several joined by +, "
                                        "each with settings of its own if wanted: actfocus:alpha=0.3,lr=3e-5")
     seeds: tuple[int, ...] = setting((0,), "seeds, one arm each for every algorithm and credit", 0, 2**63 - 1)
     out: str = setting("runs/latest", "output directory")
@@ -120,8 +120,7 @@ class Settings:
 
     @property
     def torch_device(self):
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(automatic if self.device == "auto" else self.device)
+        return torch.device(self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
     def autocast(self):
         """The context of a forward pass. Weights and Adam's state stay float32: 1e-6 would round to nothing."""
@@ -194,11 +193,12 @@ class Arm:
 
     def step(self):
         """One step of training -> metrics."""
-        started, s, log = time.perf_counter(), self.settings, extra("metrics")
+        started, s, metrics_of = time.perf_counter(), self.settings, extra("metrics")
         boards = environments.draw_boards(self.env, self.rng, s.prompts, EVALUATION_SEED, self.held_out)
         played = self.credit.play(self, boards)  # P * G episodes
-        metrics = log.describe(played) | {"rollout_seconds": time.perf_counter() - started, "updates": 0}
+        metrics = metrics_of.episodes(played) | {"rollout_seconds": time.perf_counter() - started, "updates": 0}
         chosen = self.credit.filter(played)
+        metrics |= metrics_of.groups(played, chosen, s.prompts)
         if len(chosen):  # else there is nothing to learn from: every group got one return
             batch, totals = self.score(chosen), Counter()
             batch.advantages = self.credit.advantages(batch)  # [B, T]
@@ -207,10 +207,8 @@ class Arm:
             for minibatch in map(batch.select, order.split(s.minibatch)):
                 if minibatch.weights.any():  # else Adam's momentum alone would move the policy
                     totals.update(self.update(self.gradient(minibatch)))
-            metrics |= log.measure(batch, totals)
-        with_spread = len(variance_filter(played.returns.view(s.prompts, -1), keep=1))
-        return metrics | {"zero_spread_groups": s.prompts - with_spread, "kept_groups": len(chosen.seeds.unique()),
-                          "seconds": time.perf_counter() - started,
+            metrics |= metrics_of.updates(batch, totals)
+        return metrics | {"seconds": time.perf_counter() - started,
                           "tokens_per_second": metrics["generated_tokens"] / metrics["rollout_seconds"]}
 
     @torch.no_grad()
@@ -302,7 +300,7 @@ class Arm:
         played = self.play([seed for seed in s.evaluation_seeds() for _ in range(s.eval_rollouts)], EVAL_TEMPERATURE,
                            torch.Generator(s.torch_device).manual_seed(0))
         wins = played.success.view(s.eval_boards, s.eval_rollouts).float().mean(1)  # [boards]
-        metrics = extra("metrics").describe(played) | extra("facts").accuracy(played, self.env)
+        metrics = extra("metrics").episodes(played) | extra("facts").accuracy(played, self.env)
         return {f"eval_{name}": x for name, x in metrics.items()} | {"eval_board_success": wins.tolist()}
 
 
@@ -313,11 +311,12 @@ def train_arm(settings, algo, credit, seed):
     arm.score, arm.gradient = runs.saving_memory(arm, arm.score), runs.saving_memory(arm, arm.gradient)
     for step in range(files.restore(arm), s.steps + 1):
         line, evaluating = {"algo": algo, "credit": credit, "seed": seed, "step": step}, step % s.eval_every == 0
+        arm.credit.step = step
         try:
             line |= arm.step() if step else {}
             line |= arm.evaluate() if evaluating or step == s.steps else {}
-        except FloatingPointError as error:
-            raise ValueError(f"{algo} {credit} seed {seed}, step {step}: {error}; see {files.checkpoint}") from None
+        except (FloatingPointError, ValueError) as error:
+            raise ValueError(f"{algo} {credit} seed {seed}, step {step}: {runs.located(error)}") from None
         if files.record(line, arm, checkpoint=evaluating or step == s.steps):
             return
 
@@ -337,5 +336,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    from train import main  # extras import this file as `train`: there must be one Credit, not two
+    from train import main  # extras import this file as `train`: there must be one Settings, not two
     main()

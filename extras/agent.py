@@ -91,7 +91,10 @@ def demonstration(env, rng, noise, plan_in="answer"):
     sentences = [opening, *facts(env), closing]
     ahead, actions = copy.deepcopy(env), []
     while len(actions) < env.actions_per_turn and not (ahead.solved() or ahead.failed()):
-        plan = ahead.oracle()
+        try:
+            plan = ahead.oracle()
+        except NotImplementedError:
+            raise ValueError(f"{type(env).__name__} has no oracle() to demonstrate with") from None
         actions.append(plan[0] if plan and rng.random() >= noise else ahead.random_action(rng))
         ahead.move(actions[-1])
     if plan_in == "think":
@@ -99,8 +102,12 @@ def demonstration(env, rng, noise, plan_in="answer"):
     return response(actions, think=" ".join(sentences))
 
 
-def demonstrations(env, tokenizer, seeds, rng, noise, desc, plan_in_think=0.0):
-    """One demonstrated episode a seed, that share of them with the plan in the reasoning -> Trajectories."""
+def demonstrations(env, tokenizer, seeds, rng, noise, desc, plan_in_think=0.0, limit=None):
+    """One demonstrated episode a seed, that share of them with the plan in the reasoning -> Trajectories.
+
+    ValueError: a response takes more tokens than `limit`, the environment's by default.
+    """
+    limit = limit or env.response_limit
     chat, transcripts = Chat(tokenizer, env.system_prompt), []
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     for seed in tqdm(seeds, desc=desc, unit="episode", leave=False, disable=None):
@@ -109,7 +116,12 @@ def demonstrations(env, tokenizer, seeds, rng, noise, desc, plan_in_think=0.0):
         while transcript.respond(encode(demonstration(env, rng, noise, plan_in))):
             pass
         transcripts.append(transcript)
-    return pack(transcripts)
+    data = pack(transcripts)
+    longest = max(int((data.turn_ids == turn).sum(1).max()) for turn in range(int(data.turns.max())))
+    if longest > limit:
+        raise ValueError(f"a demonstrated response takes {longest} of this model's tokens, max_response_tokens is {limit} "
+                         "(extras.agent: --env-options response_limit=N)")
+    return data
 
 
 def imitate(model, data, steps, lr, rng, desc, batch=16, action_weight=8.0, warmup=50):
@@ -134,14 +146,15 @@ def imitate(model, data, steps, lr, rng, desc, batch=16, action_weight=8.0, warm
             bar.set_postfix(loss=f"{loss.item():.2f}")
 
 
-def teach(env, held_out, *, plan_in_think=0.0, width=64, layers=2, episodes=3000, steps=1200, noise=0.2, worse_steps=80,
-          worse_noise=0.75):
-    """An agent for the boards of `env` whose first observation is not in held_out -> (model, tokenizer).
+HOW = {"width": "of the model", "layers": "of the model", "episodes": "demonstrations of the first stage, the second has half",
+       "steps": "updates of the first stage", "noise": "share of random moves in its demonstrations",
+       "worse_steps": "updates of the second stage", "worse_noise": "share of random moves in its demonstrations",
+       "plan_in_think": "share of the demonstrations that decide in the reasoning, which the answer copies"}
 
-    episodes, steps, noise: demonstrations, updates and share of random moves of the first stage; worse_*: of the
-    second. plan_in_think: share of the episodes in which it decides on its actions already in the reasoning, which the
-    answer copies.
-    """
+
+def teach(env, held_out, *, width=64, layers=2, episodes=3000, steps=1200, noise=0.2, worse_steps=80, worse_noise=0.75,
+          plan_in_think=0.0):
+    """An agent for the boards of `env` whose first observation is not in held_out -> (model, tokenizer). Options: HOW."""
     rng = np.random.default_rng(0)
     texts = ["system", "user", "assistant", *FILLERS]
     for seed in range(100):
@@ -172,15 +185,10 @@ def format_lessons(settings, tokenizer):
     s, rng, env = settings, np.random.default_rng(0), settings.make_env()
     held_out = {env.reset(seed=seed)[0] for seed in s.evaluation_seeds()}
     try:
-        data = demonstrations(env, tokenizer, draw_boards(env, rng, s.teach, EVALUATION_SEED, held_out), rng, FORMAT_NOISE,
-                              "demonstrations")
-    except NotImplementedError:
-        raise ValueError(f"teach: {s.env} has no oracle() to demonstrate with") from None
-    longest = max(int((data.turn_ids == turn).sum(1).max()) for turn in range(int(data.turns.max())))
-    if longest > s.max_response_tokens:
-        raise ValueError(f"teach: a demonstrated response takes {longest} of this model's tokens, max_response_tokens is "
-                         f"{s.max_response_tokens}")
-    return data
+        return demonstrations(env, tokenizer, draw_boards(env, rng, s.teach, EVALUATION_SEED, held_out), rng, FORMAT_NOISE,
+                              "demonstrations", limit=s.max_response_tokens)
+    except ValueError as error:
+        raise ValueError(f"teach: {error}") from None
 
 
 def teach_format(settings, model, tokenizer, data):
@@ -201,24 +209,27 @@ def main():
     parser.add_argument("env", help="environment, or module:Class")
     parser.add_argument("--out", type=Path, help="directory (default: extras/agents/ENV)")
     parser.add_argument("--env-options", nargs="+", metavar="KEY=VALUE", help="other boards than the shipped agent's")
-    parser.add_argument("--plan-in-think", type=float, default=0.0, metavar="SHARE",
-                        help="share of the demonstrations that decide in the reasoning, which the answer copies (default: 0)")
-    for name in (numbers := ("width", "layers", "episodes", "steps", "worse_steps")):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {teach.__kwdefaults__[name]}")
+    for name, text in HOW.items():
+        default = teach.__kwdefaults__[name]
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), metavar="N" if isinstance(default, int) else "SHARE",
+                            help=f"{text} (default: {default}, or the game's own in TAUGHT)")
     options = parser.parse_args()
     boards, how = TAUGHT.get(options.env, ({}, {}))
-    how = how | {name: getattr(options, name) for name in numbers if getattr(options, name) is not None}
-    if not 0 <= options.plan_in_think <= 1:
-        parser.error(f"plan-in-think: {options.plan_in_think} is not in [0, 1]")
+    how = how | {name: getattr(options, name) for name in HOW if getattr(options, name) is not None}
+    for name in ("noise", "worse_noise", "plan_in_think"):
+        if not 0 <= how.get(name, 0) <= 1:
+            parser.error(f"{name}: {how[name]} is not in [0, 1]")
     try:
         given = options.env_options or [f"{key}={json.dumps(value)}" for key, value in boards.items()]
         settings = Settings(env=options.env, env_options=tuple(given), **DEFAULTS.get(options.env, {}))
         env, out = settings.make_env(), options.out or AGENTS / options.env
         held_out = {env.reset(seed=seed)[0] for seed in settings.evaluation_seeds()}
-        model, tokenizer = teach(env, held_out, **how, plan_in_think=options.plan_in_think)
+        model, tokenizer = teach(env, held_out, **how)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        (out / "env.json").write_text(json.dumps({options.env: settings.board_options()}, indent=1) + "\n")
+        # The length that it is told is part of a phrase that is one token to it: another number would be new to it.
+        taught_on = settings.board_options() | {"response_limit": env.response_limit}
+        (out / "env.json").write_text(json.dumps({options.env: taught_on}, indent=1) + "\n")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"{sum(p.numel() for p in model.parameters())} parameters, written to {out}")

@@ -133,10 +133,10 @@ def plot(means, variance, rho, path):
 
 def main(arguments=None):
     parser, started = SettingsParser("python -m extras.diagnose", description=__doc__.split("\n\n")[0]), time.perf_counter()
-    parser.add_argument("--checkpoint", help="an arm's, DIR/arms/*.pt; its run's settings are used (default: the agent before training)")
+    parser.add_argument("--checkpoint", help="an arm's, DIR/arms/*.pt, with its settings (default: the agent before training)")
     parser.add_argument("--groups", type=int, default=200, help="groups that are played (default: 200)")
     parser.add_argument("--nested-boards", type=int, default=24, help="boards of the nested sampling (default: 24)")
-    arm, options = agent_at(parser, parser.parse_args(arguments).checkpoint, arguments=arguments)
+    arm, options = agent_at(parser, parser.parse_args(arguments).checkpoint, arguments)
     for name in ("groups", "nested_boards"):
         if vars(options)[name] < 2:
             parser.error(f"{name}: {vars(options)[name]} is fewer than 2")
@@ -146,8 +146,9 @@ def main(arguments=None):
     for turns in ("first turn", "all turns"):
         part = nested[turns]
         number = lambda x: "none" if x is None else f"{x:.2f}"
-        print(f"  {turns:10}  reasoning {part['reasoning']:.2f}, answer {part['answer']:.2f}, later {part['later']:.2f}; share of the "
-              f"answer {number(part['share'])} [{'..'.join(map(number, part['interval']))}]: {verdict(part)}")
+        print(f"  {turns:10}  variance by the reasoning {part['reasoning']:.2f}, by the answer {part['answer']:.2f}, by what comes later "
+              f"{part['later']:.2f}; the answer's share of the first two {number(part['share'])} "
+              f"[{'..'.join(map(number, part['interval']))}]: {verdict(part)}")
     if found["fact_accuracy"] is not None:
         print(f"  {100 * found['fact_accuracy']:.0f} % of the facts that the reasoning states are true (two agents with 67 and 76 % "
               "gained nothing, whatever the verdict: results/README.md)")

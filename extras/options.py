@@ -23,7 +23,10 @@ def make_credit(text, algo, settings):
     if unknown := [part for part in name.split("+") if part not in CREDITS]:
         raise ValueError(f"credits: {unknown[0]!r} is not one of {', '.join(CREDITS)}")
     parts = [CREDITS[part] for part in name.split("+")]
-    parts = [pkgutil.resolve_name(part) if isinstance(part, str) else part for part in parts]
+    try:
+        parts = [pkgutil.resolve_name(part) if isinstance(part, str) else part for part in parts]
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"credits: {name!r} cannot be imported: {error}") from None
     answers = [answer for answer in vars(Credit) if answer[0] != "_"]
     own_answers = [x for part in parts for x in answers if part is Credit or getattr(part, x) is not getattr(Credit, x)]
     if twice := {answer for answer in own_answers if own_answers.count(answer) > 1} - {"check", "algos"}:
@@ -36,8 +39,9 @@ def make_credit(text, algo, settings):
         raise ValueError(f"credits: {name!r} cannot be joined") from None
     for key, _, value in (option.partition("=") for option in own.split(",") if option):
         is_credits = key[:1] != "_" and isinstance(getattr(type(credit), key, None), (str, int, float))
-        if not is_credits and key not in OWN_SETTINGS:
-            raise ValueError(f"credits: {key!r} in {text!r} is not a setting that a credit can have for itself")
+        unread = key in ("alpha", "beta", "signal") and type(credit).weights is Credit.weights
+        if unread or not is_credits and key not in OWN_SETTINGS:
+            raise ValueError(f"credits: {key!r} in {text!r} is not a setting that {name if unread else 'a credit'} can have for itself")
         try:
             value = type(getattr(credit if is_credits else settings, key))(value)
         except ValueError:

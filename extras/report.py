@@ -88,15 +88,18 @@ def random_floor(env, seeds, episodes=16):
 
 
 def mean_ceiling(env, seeds):
-    """Success rate of the best play within the budgets on the instances of `seeds`."""
+    """Success rate of the best play within the budgets on the instances of `seeds`; None: the environment has no oracle."""
     wins = 0.0
     for seed in tqdm(seeds, desc="the best play", unit="board", leave=False, disable=None, delay=2):
         env.reset(seed=seed)
         if hasattr(env, "ceiling"):  # where there is luck, only the environment knows
             wins += env.ceiling()
-        else:
+            continue
+        try:
             plan = env.oracle()
-            wins += plan is not None and len(plan) <= env.actions_left
+        except NotImplementedError:
+            return None
+        wins += plan is not None and len(plan) <= env.actions_left
     return wins / len(seeds)
 
 
@@ -189,7 +192,8 @@ def table(summary):
         f"Success in % on {c['eval_boards']} {c['boards']} boards x {c['eval_rollouts']} rollouts at temperature "
         f"{EVAL_TEMPERATURE}, after {c['steps']} steps; mean (range) over seeds {' '.join(map(str, seeds))}; [95 %]: paired "
         "bootstrap over seeds and boards", *aligned(rows),
-        f"random actions {100 * summary['floor']:.1f}, best play {100 * summary['ceiling']:.1f}", *verdicts,
+        f"random actions {100 * summary['floor']:.1f}"
+        + ("" if summary["ceiling"] is None else f", best play {100 * summary['ceiling']:.1f}"), *verdicts,
         *(costs(groups) if any("carl" in credit for _, credit in groups) else [])])
 
 
@@ -230,6 +234,8 @@ def plot(summary, path):
         axis.fill_between(steps, curves.min(0), curves.max(0), alpha=0.2, color=line.get_color())
     for axis, algo in zip(axes[0], algos):
         for name, what, above in (("floor", "random actions", 2), ("ceiling", "best play", -9)):
+            if summary[name] is None:
+                continue
             axis.axhline(summary[name], color="grey", linestyle=":", linewidth=1)
             axis.annotate(what, (0, summary[name]), xytext=(2, above), textcoords="offset points", fontsize=7)
         axis.set(title=algo.upper(), xlabel="step", ylim=(0, 1.02))

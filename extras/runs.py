@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -112,6 +113,12 @@ class ArmFiles:
                     "bad_updates": arm.bad_updates, "micro_batch": arm.micro_batch, "torch_rng": torch.get_rng_state(),
                     "rng": json.dumps(arm.rng.bit_generator.state), "generator": arm.generator.get_state()})
         return stopping
+
+
+def located(error):
+    """The words of an error, and where it arose: a credit or an environment may be the user's own."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{error} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def saving_memory(arm, method):

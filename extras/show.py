@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from actfocus import group_advantages
+from actfocus import ActFocus, group_advantages
 from env import draw_boards
-from extras.options import SettingsParser
+from extras.options import SettingsParser, make_credit
 from extras.runs import load_checkpoint
 from train import EVALUATION_SEED, Arm
 
@@ -37,13 +37,20 @@ def saved_settings(checkpoint):
     return {**json.loads(path.read_text()), "out": str(out)} if path.exists() else {}
 
 
-def agent_at(parser, checkpoint, algo="grpo", credit="actfocus", arguments=None):
+def credit_of(checkpoint, settings):
+    """What the arm of a checkpoint was trained with, where its weights are ActFocus's; else plain ActFocus."""
+    log = Path(checkpoint).with_suffix(".jsonl")
+    own = json.loads(log.read_text().partition("\n")[0])["credit"] if log.exists() else "actfocus"
+    return own if isinstance(make_credit(own, "grpo", settings), ActFocus) else "actfocus"
+
+
+def agent_at(parser, checkpoint, arguments=None):
     """(Arm, options): the agent that training starts from, or the policy of one of its checkpoints."""
     if checkpoint and not Path(checkpoint).is_file():
         parser.error(f"there is no checkpoint {checkpoint!r}")
     settings, options = parser.parse_settings(arguments, **(saved_settings(checkpoint) if checkpoint else {}))
     try:
-        arm = Arm(settings, algo, credit, settings.seeds[0])
+        arm = Arm(settings, "grpo", credit_of(checkpoint, settings) if checkpoint else "actfocus", settings.seeds[0])
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if checkpoint:
@@ -180,10 +187,10 @@ def page(shown, last, title, settings, shares):
 
 def main(arguments=None):
     parser = SettingsParser("python -m extras.show", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", help="an arm's, DIR/arms/*.pt; its run's settings are used (default: the agent before training)")
+    parser.add_argument("--checkpoint", help="an arm's, DIR/arms/*.pt, with its settings (default: the agent before training)")
     parser.add_argument("--seed", type=int, help="the board (default: the first that training draws)")
     parser.add_argument("--html", type=Path, help="write a page instead of printing")
-    arm, options = agent_at(parser, parser.parse_args(arguments).checkpoint, arguments=arguments)
+    arm, options = agent_at(parser, parser.parse_args(arguments).checkpoint, arguments)
     s, seed = arm.settings, options.seed
     if seed is None:
         seed, = draw_boards(arm.env, arm.rng, 1, EVALUATION_SEED, arm.held_out)

@@ -114,7 +114,7 @@ def test_the_signals_are_what_they_are_called(randn):
              "entropy": [-sum(x * math.log(x) for x in row) for row in p],
              "nll": [-x for x in old.tolist()],
              "shift": [x - math.log(row[y]) for x, row, y in zip(old.tolist(), p, targets.tolist())]}
-    assert SIGNALS.keys() == naive.keys() | {"random"}
+    assert SIGNALS.keys() >= naive.keys() | {"random"}
     for name, values in naive.items():
         assert SIGNALS[name](logits, targets, old).tolist() == pytest.approx(values, rel=1e-6)
     logprobs = [math.log(row[y]) for row, y in zip(p, targets.tolist())]

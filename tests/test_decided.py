@@ -99,7 +99,7 @@ def test_a_game_that_only_reads_the_answer_is_decided_in_the_answer(monkeypatch)
 
 def test_the_diagnosis_prints_and_keeps_the_verdict(tmp_path):
     code, output, error = call(diagnose.main, *words([]), "--groups", "2", "--nested-boards", "2", "--out", tmp_path)
-    assert code == 0 and "share of the answer" in output and "first turn" in output, error
+    assert code == 0 and "the answer's share of the first two" in output and "first turn" in output, error
     found = json.loads((tmp_path / "diagnosis.json").read_text())
     kept = found["decided"]
     assert 0.8 < found["fact_accuracy"] <= 1 and f"{100 * found['fact_accuracy']:.0f} % of the facts" in output

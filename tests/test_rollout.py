@@ -33,7 +33,7 @@ import rollout as sampling
 from actfocus import action_mask
 from env import response
 from extras.guard import check_agent
-from extras.metrics import describe
+from extras.metrics import episodes
 from rollout import Chat, Decoder, Transcript, load_agent, pack, rollout, sample, sample_turn, score
 from train import AGENTS, DEFAULTS, Settings
 
@@ -478,7 +478,7 @@ def test_the_description_is_counted_by_hand(agent):
     expected = {"return": (-0.1 - 0.1 - 0.1) / 2, "success": 0.5, "format_valid": 2 / 3, "turns": 1.5,
                 "think_tokens": 14 / 3, "action_tokens": 2 / 3, "action_fraction": 2 / 16, "generated_tokens": 16,
                 "score": 0.375, "think_nll": (7 * 2 + 2 * 4 + 5 * 1) / 14}
-    found = describe(played)
+    found = episodes(played)
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected)
 
@@ -759,7 +759,7 @@ def test_the_shipped_agents_know_their_boards_and_read_their_instructions_as_one
     played = rollout(model, tokenizer, [copy.deepcopy(env) for _ in range(5)], seeds=settings.evaluation_seeds()[:5],
                      temperature=0.5, max_response_tokens=settings.max_response_tokens,
                      generator=torch.Generator().manual_seed(0))
-    assert played.valid.mean() > 0.9 and describe(played)["action_fraction"] < 0.3
+    assert played.valid.mean() > 0.9 and episodes(played)["action_fraction"] < 0.3
 
 
 def test_an_agent_is_taught_on_the_boards_that_were_asked_for(tmp_path, monkeypatch):

@@ -19,10 +19,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM
 
+import env as environments
 import train
 from actfocus import CREDITS, SIGNALS, ActFocus, Credit, Critic, token_weights
 from extras import runs
 from extras.agent import teach
+from extras.guard import load_tokenizer
 from extras.options import SettingsParser
 from rollout import Chat, Transcript, load_agent, pack, score
 from train import Arm, Settings
@@ -497,6 +499,39 @@ def moved_by(checkpoint, settings=Settings()):
 RIVALS = ["--env", "sudoku", "--algos", "grpo", "--credits", "carl", "carl+actfocus", "a2tgpo", "a2tgpo+actfocus"]
 
 
+def test_an_environment_without_an_oracle_has_no_best_play(tmp_path, monkeypatch):
+    """Only demonstrations need one, and the table's last line."""
+    monkeypatch.setitem(environments.ENVS, "mute", type("Mute", (environments.Sokoban,), {"oracle": environments.Env.oracle}))
+    code, output, error = run("--out", tmp_path, *BRIEF, "--env", "mute", "--env-options", *BOARDS, "--algos", "grpo",
+                              "--model", Settings().agent)
+    assert code == 0 and "random actions" in output and "best play" not in output, error
+    assert strict((tmp_path / "summary.json").read_text())["ceiling"] is None
+
+
+def test_a_slip_in_a_credit_of_ones_own_is_named_with_its_place(tmp_path, monkeypatch):
+    def weights(self, batch):
+        one, two = 1, 2, 3
+    monkeypatch.setitem(CREDITS, "mine", type("Mine", (Credit,), {"weights": weights}))
+    code, _, error = run("--out", tmp_path, *BRIEF, "--algos", "grpo", "--credits", "mine")
+    assert code == 1 and error.count("\n") <= 2 and "Traceback" not in error
+    assert f"grpo mine seed 0, step 1: too many values to unpack (expected 2) (test_train.py, line {weights.__code__.co_firstlineno + 1})" in error
+
+
+def test_a_credit_knows_the_step_of_its_run_after_a_resumption_too(tmp_path, monkeypatch):
+    seen = []
+
+    def weights(self, batch):
+        seen.append(self.step)
+        return Credit.weights(self, batch)
+    monkeypatch.setitem(CREDITS, "mine", type("Mine", (Credit,), {"weights": weights}))
+    mine = ["--out", tmp_path, *BRIEF, "--algos", "ppo", "--credits", "mine", "--eval-every", "1", "--steps", "3"]
+    assert run(*mine)[0] == 0 and seen == [1, 2, 3]
+    log = next((tmp_path / "arms").glob("*.jsonl"))
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))  # as if killed before the last step's line
+    (log.with_suffix(".pt")).unlink()
+    assert run(*mine, "--resume")[0] == 0 and seen == [1, 2, 3, 3]
+
+
 def test_every_rival_learns(tmp_path):
     short = [*BRIEF, "--prompts", "1", "--env-options", "hint=true", "max_turns=3", "max_actions=6"]
     code, output, error = run("--out", tmp_path, *RIVALS, *short)
@@ -761,7 +796,7 @@ def test_a_credit_can_have_settings_of_its_own():
     torch.testing.assert_close(batch.signal, -batch.old_logprobs * batch.response_mask)
     assert arm_of("grpo", "carl:tree_forks=3").credit.tree_forks == 3
     for wrong in ("actfocus:alpha=2", "actfocus:alpha", "actfocus:steps=3", "actfocus:alpha=x", "actfocus:signal=loud",
-                  "magic:lr=1"):
+                  "magic:lr=1", "uniform:signal=nll", "carl:alpha=0"):  # the last two weigh all alike
         with pytest.raises(ValueError):
             Settings(credits=(wrong,))
 
@@ -772,7 +807,12 @@ def test_defaults_are_the_environments_and_the_command_line_overrides_them():
     paper = parse("--model", "some/model").make_env()  # a model of one's own plays the paper's boards
     assert (paper.max_turns, paper.n_walls, paper.observation) == (5, 2, "grid")
     assert parse("--env-options", "walls=1").make_env().n_walls == 1
-    assert parse("--max-response-tokens", "9").make_env().response_limit == 9
+    assert parse("--env-options", "walls=1", "--max-response-tokens", "9").make_env().response_limit == 9
+    for name in environments.ENVS:  # what the built-in agent is told is one token to it, which another number would not be
+        short = parse("--env", name, "--max-response-tokens", "9")
+        told = short.make_env().format_reminder
+        assert short.max_response_tokens == 9 and told == parse("--env", name).make_env().format_reminder
+        assert len(load_tokenizer(short.agent)(told).input_ids) == 1
     assert parse("--env", "sudoku").max_response_tokens == 140 and parse("--env", "frozenlake").keep == 1.0
     assert parse("--env", "sudoku", "--max-response-tokens", "9").max_response_tokens == 9
 
