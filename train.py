@@ -60,7 +60,7 @@ class Settings:
     model: str = setting("tiny", "'tiny' (built in) or a Hugging Face id or directory (paper: Qwen2.5 Instruct)")
     teach: int = setting(0, "demonstrated episodes that teach the model to answer in the format, before training", 0)
     algos: tuple[str, ...] = setting(("ppo", "grpo"), "algorithms to compare", choices=("ppo", "grpo"))
-    credits: tuple[str, ...] = setting(("uniform", "actfocus"), f"any of {', '.join(CREDITS)}, or several joined by +, "
+    credits: tuple[str, ...] = setting(("uniform", "actfocus"), f"of {', '.join(CREDITS)}, module:Class; + joins some, "
                                        "each with settings of its own if wanted: actfocus:alpha=0.3,lr=3e-5")
     seeds: tuple[int, ...] = setting((0,), "seeds, one arm each for every algorithm and credit", 0, 2**63 - 1)
     out: str = setting("runs/latest", "output directory")

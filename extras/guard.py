@@ -45,7 +45,7 @@ def load(path, device):
     """What rollout.load_agent promises."""
     try:
         if Path(path).is_absolute() and not Path(path).is_dir():
-            raise ValueError("no such directory")
+            raise ValueError("no such directory (python -m extras.agent ENV --out DIR teaches an agent for --model DIR)")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(device)
         tokenizer = load_tokenizer(path)
         check_agent(model.eval(), tokenizer)

@@ -19,14 +19,16 @@ MOST = 100_000  # boards, steps, trajectories: more is a slip of the keyboard, w
 
 def make_credit(text, algo, settings):
     """'carl+actfocus:alpha=0.3,tree_forks=16' -> a Credit that answers as both do, with settings of its own."""
-    name, _, own = text.partition(":")
-    if unknown := [part for part in name.split("+") if part not in CREDITS]:
-        raise ValueError(f"credits: {unknown[0]!r} is not one of {', '.join(CREDITS)}")
-    parts = [CREDITS[part] for part in name.split("+")]
+    name, _, own = text.rpartition(":") if "=" in text else (text, "", "")
+    parts = [CREDITS.get(part, part) for part in name.split("+")]
+    if unknown := [part for part in parts if isinstance(part, str) and ":" not in part]:
+        raise ValueError(f"credits: {unknown[0]!r} is not one of {', '.join(CREDITS)}, or module:Class")
     try:
         parts = [pkgutil.resolve_name(part) if isinstance(part, str) else part for part in parts]
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"credits: {name!r} cannot be imported: {error}") from None
+    if not all(isinstance(part, type) and issubclass(part, Credit) for part in parts):
+        raise ValueError(f"credits: {name!r} is no subclass of Credit")
     answers = [answer for answer in vars(Credit) if answer[0] != "_"]
     own_answers = [x for part in parts for x in answers if part is Credit or getattr(part, x) is not getattr(Credit, x)]
     if twice := {answer for answer in own_answers if own_answers.count(answer) > 1} - {"check", "algos"}:

@@ -97,7 +97,7 @@ def test_commands_of_both_pages_are_understood():
     commands = re.findall(r"python train\.py((?: [^\s`#&)]+)*)", text)
     assert len(commands) > 15
     for command in commands:
-        arguments = [word for word in command.split() if "last" not in word and word != "--resume"]
+        arguments = [word for word in command.split() if "mine:" not in word and word != "--resume"]
         for option in ("--model", "--env"):  # an agent, or an environment, that is not at hand
             if option in arguments and arguments[arguments.index(option) + 1] not in ("sudoku", "frozenlake", "shop"):
                 del arguments[arguments.index(option):arguments.index(option) + 2]
@@ -193,13 +193,12 @@ def test_the_copied_loop_scores_as_kernels_does(copied):
     torch.testing.assert_close(names["energy"], torch.where(mask, -stats.logsumexp, 0.0)[:, 1:], atol=1e-4, rtol=0)
 
 
-def test_a_credit_of_ones_own_is_trained(monkeypatch):
-    names = {}
-    exec(snippet("class LastTurn("), names)
-    monkeypatch.setitem(actfocus.CREDITS, "last", names["LastTurn"])
-    settings = train.Settings(algos=("grpo",), credits=("uniform", "last", "last:alpha=0.3"), prompts=2, rollouts=4, minibatch=8,
-                              keep=1.0)
-    arm, seen = train.Arm(settings, "grpo", "last:alpha=0.3", 0), []
+def test_a_credit_of_ones_own_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(snippet("class LastTurn("))
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("uniform", "mine:LastTurn", "mine:LastTurn:alpha=0.3")
+    settings = train.Settings(algos=("grpo",), credits=names, prompts=2, rollouts=4, minibatch=8, keep=1.0)
+    arm, seen = train.Arm(settings, "grpo", names[2], 0), []
     monkeypatch.setattr(arm, "gradient", lambda batch: seen.append(batch) or train.Arm.gradient(arm, batch))
     assert arm.step()["updates"] == 1
     batch, = seen
