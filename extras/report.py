@@ -354,7 +354,9 @@ def main():
     parser.add_argument("--write", action="store_true", help="put the tables into results/README.md")
     options = parser.parse_args()
     if options.directory:
-        print(table(json.loads((options.directory / "summary.json").read_text())))
+        if not (path := options.directory / "summary.json").exists():
+            parser.error(f"{path} is not there: a run writes it when all of its arms are done (metrics.jsonl grows from the start)")
+        print(table(json.loads(path.read_text())))
     elif options.write:
         README.write_text(filled(README.read_text()))
     else:

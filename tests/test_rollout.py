@@ -768,7 +768,8 @@ def test_an_agent_is_taught_on_the_boards_that_were_asked_for(tmp_path, monkeypa
     small = "--width 32 --layers 1 --episodes 32 --steps 8 --worse-steps 1 --env-options".split()
     monkeypatch.setattr(sys, "argv", ["agent", "sokoban", "--out", str(tmp_path / "made"), *small, *boards])
     taught.main()
-    assert json.loads((tmp_path / "made" / "env.json").read_text()) == {"sokoban": {"walls": 0, "max_turns": 2, "max_moves": 3}}
+    assert json.loads((tmp_path / "made" / "env.json").read_text()) == {
+        "sokoban": {"walls": 0, "max_turns": 2, "max_moves": 3, "response_limit": 100}}
     model, tokenizer = load_agent(str(tmp_path / "made"), "cpu")
     env = Settings(env_options=tuple(boards)).make_env()
     assert model.config.hidden_size == 32 and len(tokenizer(env.system_prompt).input_ids) == 1
