@@ -21,9 +21,11 @@ SETTINGS = {  # NAME: (what it is, its runs)
     "think50": ("half in the reasoning", "decided/think50", "alpha/think50"),
     "think75": ("three quarters in it", "decided/think75", "alpha/think75"),
     "think100": ("all in the reasoning", "plan-think", "alpha/think100"),
+    "sokoban-short": ("Sokoban, taught 700 updates for 1200", "decided/sokoban-short"),
     "frozenlake": ("FrozenLake", "frozenlake", "alpha/frozenlake"),
+    "frozenlake-long": ("FrozenLake, taught 4000 updates for 1200", "decided/frozenlake-long"),
     "sudoku": ("Sudoku", "sudoku", "alpha/sudoku"),
-    "shop": ("the shop", "shop-kl", "alpha/shop")}
+    "shop": ("the shop", "shop-kl")}
 ALPHAS = ("actfocus:alpha=0", "actfocus", "actfocus:alpha=0.3", "uniform")  # reasoning weighs 0, 0.1, 0.3 and 1
 # decided: {"share", "interval"}; rho: energy's, with its interval; arms, rivals: ActFocus's and uniform credit's
 Point = namedtuple("Point", "label decided rho facts arms rivals finals")
@@ -69,8 +71,8 @@ def plot(path):
     for p in points():
         (gain, low, high), (left, right), x = 100 * np.array(paired_gain(p.arms, p.rivals)), p.decided["interval"], p.decided["share"]
         axis.errorbar(x, gain, [[gain - low], [high - gain]], [[max(x - left, 0)], [max(right - x, 0)]], fmt="o", capsize=2,
-                      label=p.label)
-    axis.set(xlabel="share of the return's variance that is decided in the answer (before training)",
+                      label=p.label, markerfacecolor=None if p.facts > 0.9 else "white")
+    axis.set(xlabel="share of the return's variance decided in the answer\n(open: less than 90 % of the stated facts are true)",
              ylabel="gain of ActFocus over uniform credit, points")
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)

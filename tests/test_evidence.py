@@ -370,7 +370,8 @@ def test_the_study_has_every_setting_whose_files_are_there_and_its_rho_is_of_sha
     """Its table stands in results/README.md, which a test holds to it."""
     points, folder = study.points(), report.README.parent / "decided"
     assert len(points) == len(list(folder.glob("*.json"))) and len(list(study.table())) == len(points) >= 5
-    for _, found, rho, arms, rivals in points:
+    for _, found, rho, facts, arms, rivals, finals in points:
+        assert 0.5 < facts <= 1 and finals[1] == pytest.approx(np.mean([arm["final_success"] for arm in arms[:3]]))
         assert found["share"] == pytest.approx(found["answer"] / (found["answer"] + found["reasoning"]))
         assert found["interval"][0] <= found["share"] <= found["interval"][1] and -1 <= rho[0] <= 1
         assert [arm["seed"] for arm in arms] == [arm["seed"] for arm in rivals] and {arm["credit"] for arm in arms} == {"actfocus"}
