@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from actfocus import ActFocus, group_advantages
+from actfocus import ActFocus, Credit, group_advantages
 from env import draw_boards
 from extras.options import SettingsParser, make_credit
 from extras.runs import load_checkpoint
@@ -38,10 +38,11 @@ def saved_settings(checkpoint):
 
 
 def credit_of(checkpoint, settings):
-    """What the arm of a checkpoint was trained with, where its weights are ActFocus's; else plain ActFocus."""
+    """What the arm of a checkpoint was trained with, where it weighs as ActFocus and plays plain groups; else ActFocus."""
     log = Path(checkpoint).with_suffix(".jsonl")
     own = json.loads(log.read_text().partition("\n")[0])["credit"] if log.exists() else "actfocus"
-    return own if isinstance(make_credit(own, "grpo", settings), ActFocus) else "actfocus"
+    kind = type(make_credit(own, "grpo", settings))
+    return own if issubclass(kind, ActFocus) and kind.play is Credit.play else "actfocus"
 
 
 def agent_at(parser, checkpoint, arguments=None):
