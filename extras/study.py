@@ -25,7 +25,7 @@ SETTINGS = {  # NAME: (what it is, its runs)
     "frozenlake": ("FrozenLake", "frozenlake", "alpha/frozenlake"),
     "frozenlake-long": ("FrozenLake, taught 4000 updates for 1200", "decided/frozenlake-long"),
     "sudoku": ("Sudoku", "sudoku", "alpha/sudoku"),
-    "shop": ("the shop", "shop-kl")}
+    "shop": ("the shop", "shop-kl", "alpha/shop")}
 ALPHAS = ("actfocus:alpha=0", "actfocus", "actfocus:alpha=0.3", "uniform")  # reasoning weighs 0, 0.1, 0.3 and 1
 # decided: {"share", "interval"}; rho: energy's, with its interval; arms, rivals: ActFocus's and uniform credit's
 Point = namedtuple("Point", "label decided rho facts arms rivals finals")
