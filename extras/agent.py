@@ -216,9 +216,9 @@ def main():
     options = parser.parse_args()
     boards, how = TAUGHT.get(options.env, ({}, {}))
     how = how | {name: getattr(options, name) for name in HOW if getattr(options, name) is not None}
-    for name in ("noise", "worse_noise", "plan_in_think"):
-        if not 0 <= how.get(name, 0) <= 1:
-            parser.error(f"{name}: {how[name]} is not in [0, 1]")
+    for name, share in how.items():
+        if isinstance(share, float) and not 0 <= share <= 1:
+            parser.error(f"{name}: {share} is not in [0, 1]")
     try:
         given = options.env_options or [f"{key}={json.dumps(value)}" for key, value in boards.items()]
         settings = Settings(env=options.env, env_options=tuple(given), **DEFAULTS.get(options.env, {}))

@@ -241,7 +241,7 @@ def run_arms(train_arm, settings, arms, report):
             for future in done:
                 try:
                     future.result()  # raises what the arm raised
-                except ValueError as error:  # its numbers have gone bad: the other arms go on
+                except ValueError as error:  # its numbers have gone bad, or its credit's code is wrong: others go on
                     failed.append(error)
             if received:
                 stop.set()

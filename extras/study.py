@@ -32,7 +32,10 @@ Point = namedtuple("Point", "label decided rho facts arms rivals finals")
 
 
 def points():
-    """A Point for each setting; facts: share of those stated before training that is true; finals: success at ALPHAS."""
+    """A Point for each setting; facts: share of those stated before training that is true; finals: success at ALPHAS.
+
+    finals are means over seeds 0 to 2, which all runs have.
+    """
     read, made = lambda name: json.loads((README.parent / name).read_text()), []
     for name, (label, *runs) in SETTINGS.items():
         diagnosis, groups = read(f"decided/{name}.json"), {}

@@ -166,13 +166,13 @@ def test_an_episode_is_shown_with_the_weights_of_its_tokens(trained, tmp_path):
         assert weights and all(1 <= weight <= 1.5 for weight in weights)
         assert str(arguments[1]) in output or "before training" in output
         assert "Symbols: # wall" in output and "Not one response" not in output
-    log = checkpoint.with_suffix(".jsonl").read_text()
+    log = checkpoint.with_suffix(".jsonl").read_text()  # what the arm was trained with stands there
+    (tmp_path / "arms").mkdir()
+    (tmp_path / "arms" / "a.pt").write_bytes(checkpoint.read_bytes())
+    (tmp_path / "settings.json").write_text((out / "settings.json").read_text())
     for credit, shown in (("actfocus:alpha=0.3,beta=0", "tags weigh 0.3; action tokens 1 to 1,"),
                           ("uniform", "tags weigh 0.1;"), ("carl+actfocus:alpha=0.3", "tags weigh 0.1;")):
-        (tmp_path / "arms").mkdir(exist_ok=True)  # what the arm was trained with stands in its log
         (tmp_path / "arms" / "a.jsonl").write_text(log.replace('"credit": "actfocus"', f'"credit": "{credit}"'))
-        (tmp_path / "arms" / "a.pt").write_bytes(checkpoint.read_bytes())
-        (tmp_path / "settings.json").write_text((out / "settings.json").read_text())
         code, _, error = call(show.main, "--checkpoint", tmp_path / "arms" / "a.pt", "--rollouts", "4", "--html", tmp_path / "a.html")
         assert code == 0 and shown in (tmp_path / "a.html").read_text(), error
     code, output, error = call(show.main, "--checkpoint", checkpoint, "--rollouts", "8", "--alpha", "0.25",
