@@ -323,7 +323,7 @@ def train_arm(settings, algo, credit, seed):
 
 def main(arguments=None):
     parser, runs = extra("options").SettingsParser("train.py", description=__doc__.split("\n\n")[0]), extra("runs")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same --out")
+    parser.add_argument("--resume", action="store_true", help="go on with a run, or add seeds and credits to it")
     settings, options = parser.parse_settings(arguments)
     try:
         agent, _lock = runs.begin(settings, options.resume)

@@ -176,7 +176,8 @@ def begin(settings, resume):
     now, default = plain(settings) | {"agent": agent}, plain(type(settings)())
     if resume and (out / "settings.json").exists():
         before = default | json.loads((out / "settings.json").read_text())  # an older version may not know all of them
-        changed = [name for name in now if name not in ("out", "jobs") and now[name] != before.get(name)]
+        more = lambda name: name in ("seeds", "algos", "credits") and set(before[name]) <= set(now[name])  # arms do not meet
+        changed = [name for name in now if name not in ("out", "jobs") and now[name] != before.get(name) and not more(name)]
         if changed:
             raise ValueError(f"resume: {out} was begun with another {', '.join(changed)}")
     else:
