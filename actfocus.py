@@ -19,8 +19,8 @@ algorithm itself, bit for bit. This file needs torch and nothing else: copy it. 
     loss, stats = weighted_policy_loss(logprobs, old_logprobs, advantages, weights)      # all [B, T - 1]
 
 Shapes, here and in the other files: B trajectories, T tokens, N flattened tokens, V vocabulary, H hidden size, P
-prompts, G rollouts of a prompt. Column t of a [B, T] tensor of log-probs, energies or weights is of token t (above,
-where each lost its first column, of token t + 1). Masks are bool: response_mask marks the tokens that the policy
+prompts, G rollouts of a prompt. Column t of a [B, T] tensor of log-probs, energies or weights is of token t (in these
+lines, which cut the first column, of token t + 1). Masks are bool: response_mask marks the tokens that the policy
 sampled, action_mask those of them that hold a character between `<answer>` and `</answer>`.
 """
 
@@ -207,7 +207,7 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
 
 
 def group_spread(returns, correction=1):
-    """Standard deviation (the sample's) within each group, returns[P, G] -> [P] float64; 0 for rounding noise."""
+    """Standard deviation (by default the sample's) in each group, returns[P, G] -> [P] float64; rounding noise: 0."""
     if returns.dim() != 2 or 0 in returns.shape:
         raise ValueError(f"returns must be [P, G] and not empty, got shape {tuple(returns.shape)}")
     check(returns, returns=returns)
@@ -331,7 +331,7 @@ class Credit:
         return batch.response_mask.float()
 
     def ratio(self, logprobs, batch):
-        """The policy's log-probs [B, T] -> (those whose ratio to the old ones is clipped, clip_low, clip_high)."""
+        """The policy's log-probs [B, T] -> (the log-probs that enter rho, clip_low, clip_high)."""
         return logprobs, self.settings.clip_low, self.settings.clip_high
 
     def normaliser(self, minibatch):

@@ -49,11 +49,11 @@ class Env:
 
     A response is *valid* if it is exactly one think block followed by one answer block, and the answer holds at least
     one action and no unknown ones. An invalid response costs `format_penalty`, once a turn. Text without that structure
-    moves nothing; in an answer with both known and unknown actions, the known ones are played.
+    moves nothing; of an answer with known and unknown actions, the known ones are played, up to the turn's limit.
     """
 
     intro: str  # who the agent is, the rules and the symbols
-    actions: tuple[str, ...]  # extras/ also ask whether there is ceiling(), gold(), facts() with fact_pattern, phrases
+    actions: tuple[str, ...]  # optional, for extras/: ceiling(), gold(), facts() with fact_pattern, phrases
     format_penalty = 0.1
 
     def __init__(self, *, max_turns=5, actions_per_turn=2, max_actions=10, response_limit=400):

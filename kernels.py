@@ -195,7 +195,7 @@ def weighted_loss(hidden, weight, targets, old_logprobs, advantages, weights, *,
         clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [n], as are the others
         return log_ratio, ratio, clipped, torch.minimum(ratio * advantages[rows], clipped * advantages[rows])
 
-    def coefficients(rows, logprob):  # equation (2)
+    def coefficients(rows, logprob):  # equation (2): where it moves, least is rho A
         log_ratio, ratio, _, least = objective(rows, logprob)
         moves = (ratio * advantages[rows] <= least) & (log_ratio.abs() < MAX_LOG_RATIO)
         return torch.where(moves, -weights[rows] * least / total, 0.0), torch.zeros_like(ratio) - entropy_coef

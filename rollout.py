@@ -102,7 +102,7 @@ class Chat:
                             for m in [self.system, *messages]])
         first, *parts = text[text.index(after) + len(after):].split("@hidden@")
         ids = encode(first).input_ids
-        for control, part in zip(found[len(found) - len(parts):], parts):
+        for control, part in zip(found[len(found) - len(parts):], parts):  # the others came before `after`
             ids += encode(control, split_special_tokens=True).input_ids + encode(part).input_ids
         return ids
 
@@ -125,12 +125,12 @@ class Transcript:
     """One episode as it grows: its ids and what is known of each. A subclass may keep `notes` for a credit method."""
 
     def __init__(self, chat, env, seed, max_context, max_response_tokens):
-        self.chat, self.env, self.seed, self.max_length = chat, env, int(seed), max_context - max_response_tokens
+        self.chat, self.env, self.seed, self.longest_prompt = chat, env, int(seed), max_context - max_response_tokens
         self.ids, self.turn_ids, self.logprobs = [], [], []
         self.rewards, self.valid, self.texts, self.success, self.notes = [], [], [], False, None
         self.observation, _ = env.reset(seed=seed)
         self._append(chat.opening(self.observation))
-        if len(self.ids) > self.max_length:
+        if len(self.ids) > self.longest_prompt:
             raise ValueError(f"the first prompt has {len(self.ids)} tokens: with {max_response_tokens} for the "
                              f"response it does not fit a context of {max_context}")
 
@@ -150,7 +150,7 @@ class Transcript:
         if terminated or truncated:
             return False
         bridge = self.bridge()
-        goes_on = len(self.ids) + len(bridge) <= self.max_length  # else there is no room for another turn
+        goes_on = len(self.ids) + len(bridge) <= self.longest_prompt  # else there is no room for another turn
         self._append(bridge if goes_on else [])
         return goes_on
 

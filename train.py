@@ -7,7 +7,7 @@
 An arm is one (algorithm, credit, seed), and `Arm.step` one step of its training: play P boards G times (rollout.py),
 keep the groups with the largest spread, score their tokens under the old policy and the frozen reference, turn returns
 into advantages and energies into weights (actfocus.py), update on minibatches. All arms of a seed start from the same
-agent and see the same boards.
+agent; those that keep equally many trajectories in every step also see the same boards.
 
 The output directory gets metrics.jsonl (a line for each step of each arm) and summary.json, and in arms/ the log and
 the last checkpoint of each arm, from which `--resume` goes on to the same metrics as if nothing had happened.
@@ -37,7 +37,7 @@ AGENTS = Path(__file__).resolve().parent / "extras" / "agents"  # the built-in o
 DEFAULTS = {"frozenlake": {"keep": 1.0}, "shop": {"keep": 1.0}, "sudoku": {"max_response_tokens": 140}}
 EVALUATION_SEED, VALIDATION_SEED = 1_000_000_000, 2_000_000_000  # training boards are drawn from below both
 EVAL_TEMPERATURE = 0.5  # as in the paper
-VALUE_CLIP = 0.5  # PPO: a value moves at most this far from its old one in an update
+VALUE_CLIP = 0.5  # PPO: nothing is gained by moving a value further than this from its old one
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 
 
@@ -253,13 +253,13 @@ class Arm:
         """A micro-batch's share of its minibatch's loss -> (loss, hidden[N, H], sums for the log)."""
         s, mask, trained = self.settings, part.response_mask, part.weights > 0
         n, tokens = trained.sum(), (minibatch.weights > 0).sum().clamp(min=1)
-        weight_sum, entropy_coef = self.credit.normaliser(minibatch), s.entropy_coef / tokens
+        weight_sum, entropy_share = self.credit.normaliser(minibatch), s.entropy_coef / tokens
         hidden, weight, bias, targets = states(self.policy, part.ids, mask)
         if type(self.credit).ratio is Credit.ratio and not s.kl_coef:  # all in one pass
             loss, stats = weighted_loss(hidden, weight, targets, part.old_logprobs[mask], part.advantages[mask],
                                         part.weights[mask], bias=bias, temperature=s.temperature, clip_low=s.clip_low,
-                                        clip_high=s.clip_high, weight_sum=weight_sum, entropy_coef=entropy_coef)
-            policy_loss = loss + entropy_coef * stats["entropy"].sum()
+                                        clip_high=s.clip_high, weight_sum=weight_sum, entropy_coef=entropy_share)
+            policy_loss = loss + entropy_share * stats["entropy"].sum()
         else:  # a ratio of several tokens, or a second loss
             made = token_stats(hidden, weight, targets, bias=bias, temperature=s.temperature)  # [N] each
             new, _, entropy = (to_tokens(values, mask) for values in made)
@@ -268,7 +268,7 @@ class Arm:
                                                       clip_low=clip_low, clip_high=clip_high, weight_sum=weight_sum)
             # Squared log-ratio / 2: unlike the paper's k1, its gradient on the policy's own samples is the KL's.
             kl = 0.5 * (new - part.ref_logprobs)[trained].square().sum() / tokens if s.kl_coef else 0.0
-            loss = policy_loss - entropy_coef * entropy[trained].sum() + s.kl_coef * kl
+            loss = policy_loss - entropy_share * entropy[trained].sum() + s.kl_coef * kl
         log = {"policy_loss": policy_loss.detach(), "n": n}
         log |= {name: stats[name] * n for name in ("approx_kl", "clip_fraction", "ratio_mean")}
         if self.critic:

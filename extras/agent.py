@@ -199,9 +199,17 @@ def teach_format(settings, model, tokenizer, data):
         imitate(model.to(s.torch_device), data, steps, LR_WIDTH / width, rng, f"teaching the format, {s.teach} episodes",
                 batch=FORMAT_BATCH, action_weight=1.0, warmup=max(steps // 5, 1))
     part = Path(f"{s.agent}.part")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    save(s, model, tokenizer, part)
     part.rename(s.agent)  # whole or not at all
+
+
+def save(settings, model, tokenizer, out):
+    """The agent, and the boards that it knows: with --model `out`, they are the default."""
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # The length that it is told is part of a phrase that is one token to a built-in agent: another would be new to it.
+    boards = {"response_limit": settings.max_response_tokens, **settings.board_options()}
+    (out / "env.json").write_text(json.dumps({settings.env: boards}, indent=1) + "\n")
 
 
 def main():
@@ -225,11 +233,7 @@ def main():
         env, out = settings.make_env(), options.out or AGENTS / options.env
         held_out = {env.reset(seed=seed)[0] for seed in settings.evaluation_seeds()}
         model, tokenizer = teach(env, held_out, **how)
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        # The length that it is told is part of a phrase that is one token to it: another number would be new to it.
-        taught_on = settings.board_options() | {"response_limit": env.response_limit}
-        (out / "env.json").write_text(json.dumps({options.env: taught_on}, indent=1) + "\n")
+        save(settings, model, tokenizer, out)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"{sum(p.numel() for p in model.parameters())} parameters, written to {out}")

@@ -70,7 +70,7 @@ def nested_returns(arm, turn, boards, m, k, c):
     """R[n, m, k, c] from the states before the `turn`-th response (from 0) on those boards that get so far -> float64."""
     s = arm.settings
     states = begin(arm.policy, arm.tokenizer, [copy.deepcopy(arm.env) for _ in boards], boards, s.max_response_tokens)
-    stop_ids, pieces, context = states[0].chat.stop_ids, {}, states[0].max_length + s.max_response_tokens
+    stop_ids, pieces, context = states[0].chat.stop_ids, {}, states[0].longest_prompt + s.max_response_tokens
 
     def responses(texts, room=s.max_response_tokens):
         """A sampled continuation of each text [ids so far], up to the end of its turn or `room` tokens."""

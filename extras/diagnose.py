@@ -150,8 +150,9 @@ def main(arguments=None):
               f"{part['later']:.2f}; the answer's share of the first two {number(part['share'])} "
               f"[{'..'.join(map(number, part['interval']))}]: {verdict(part)}")
     if found["fact_accuracy"] is not None:
-        print(f"  {100 * found['fact_accuracy']:.0f} % of the facts that the reasoning states are true (three agents with less "
-              "than 80 % gained little or nothing, whatever the verdict: results/README.md)")
+        warning = " (three agents with less than 80 % gained little or nothing, whatever the verdict: results/README.md)"
+        print(f"  {100 * found['fact_accuracy']:.0f} % of the facts that the reasoning states are true"
+              + warning * (found["fact_accuracy"] < 0.8))
     out, rho, s = Path(arm.settings.out), found["spearman"], arm.settings
     out.mkdir(parents=True, exist_ok=True)
     plain = {name: [None if math.isnan(x) else x for x in values] for name, values in rho.items()}

@@ -51,7 +51,8 @@ def load(path, device):
         check_agent(model.eval(), tokenizer)
     except Exception as error:  # no such directory, no network, a damaged file: each library raises its own
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"model: cannot use {str(path)!r}: {reason}") from None
+        nor = "" if Path(path).is_dir() else " (no directory here has that name, either)"
+        raise ValueError(f"model: cannot use {str(path)!r}: {reason}{nor}") from None
     return model, tokenizer
 
 

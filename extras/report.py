@@ -180,9 +180,9 @@ def table(summary):
             mean, gain, ahead = gained(arms, rivals, width=5)
         rows.append((f"{algo} {credit}", *(shown(arms, head, width=5) for head in heads), gain))
         if rivals and credit == "actfocus":
-            won = "ahead of" if mean > 0 else "behind" if mean < 0 else "level with"
+            won = f"{abs(mean):.1f} points {'ahead of' if mean > 0 else 'behind'}" if mean else "level with"
             learnt = all(any(arm.get("updated_tokens", 1) for arm in either) for either in (arms, rivals))
-            verdicts.append(f"{algo}: ActFocus ends {abs(mean):.1f} points {won} uniform, ahead in {ahead} seeds" if learnt
+            verdicts.append(f"{algo}: ActFocus ends {won} uniform, ahead in {ahead} seeds" if learnt
                             else f"{algo}: no comparison, an arm made no update")
     verdicts += [f"{a['algo']} {a['credit']} seed {a['seed']} collapsed by step {a['collapsed_at']}: under 10 % valid responses"
                  for a in summary["arms"] if a.get("collapsed_at") is not None]

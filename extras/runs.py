@@ -179,7 +179,8 @@ def begin(settings, resume):
         more = lambda name: name in ("seeds", "algos", "credits") and set(before[name]) <= set(now[name])  # arms do not meet
         changed = [name for name in now if name not in ("out", "jobs") and now[name] != before.get(name) and not more(name)]
         if changed:
-            raise ValueError(f"resume: {out} was begun with another {', '.join(changed)}")
+            named = (f"{name} ({before.get(name)}, now {now[name]})" for name in changed)
+            raise ValueError(f"resume: {out} was begun with another {', '.join(named)}")
     else:
         for made in ("arms", "agent"):
             shutil.rmtree(out / made, ignore_errors=True)
@@ -259,12 +260,13 @@ def run_arms(train_arm, settings, arms, report):
         pool.shutdown(cancel_futures=True)  # waits: Python must not exit while the pool's own thread closes its pipes
 
 
-def hint(line, idle):
+def hint(line, idle, settings):
     """What a user should know at once about a line of the log, or None. idle: {arm: steps in a row without an update}."""
     arm = f"{line['algo']} {line['credit']} seed {line['seed']}"
     if line["step"] == 0 and line["eval_format_valid"] == 0:
-        return ("not one response has the form <think>...</think><answer>...</answer> with a known action, so all "
-                "returns are alike and nothing can be learnt. --teach 32 teaches a model the format first")
+        return ("not one response has the form <think>...</think><answer>...</answer> with a known action, so all returns are "
+                "alike and nothing can be learnt. " + ("The built-in agent knows no other boards than those of its env.json, "
+                "which --env-options replace as a whole" if settings.model == "tiny" else "--teach 32 teaches a model the format first"))
     idle[arm] = 0 if line.get("updates", 1) else idle[arm] + 1
     if idle[arm] == 3:
         return f"{arm}: three steps without an update: in none did a group's rollouts differ in their return"
@@ -281,7 +283,7 @@ def compare(train_arm, settings, agent):
         def report(line):
             file.write(json.dumps(line) + "\n")
             file.flush()
-            if (words := hint(line, idle)) and words not in said:  # all arms start from one agent
+            if (words := hint(line, idle, s)) and words not in said:  # all arms start from one agent
                 said.add(words)
                 bar.write(words)
             if "eval_success" in line:

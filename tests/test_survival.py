@@ -186,7 +186,7 @@ def test_a_finished_run_takes_more_seeds_and_credits_and_keeps_what_it_has(whole
     monkeypatch.setattr(train.Arm, "step", lambda arm: pytest.fail("a step was done again"))
     for fewer, name in ((ONE, "credits, seeds"), ([*more, "--credits", "uniform:lr=0.5"], "credits")):  # what was there is not dropped
         code, _, error = run("--out", out, *fewer, "--resume")
-        assert code == 2 and error.count("\n") == 1 and error.rstrip().endswith(f"another {name}"), error
+        assert code == 2 and error.count("\n") == 1 and re.sub(r" \(.*?\)", "", error).endswith(f"another {name}\n"), error
 
 
 def test_other_settings_and_another_agent_are_refused_and_named(whole, tmp_path):
@@ -224,7 +224,7 @@ def test_a_run_of_an_older_version_goes_on_where_what_it_did_not_know_is_at_its_
     del known["kl_coef"], known["jobs"]
     (out / "settings.json").write_text(json.dumps(known | {"width": 64}))  # and it knew one that is gone
     code, _, error = run("--out", out, *ONE, "--resume", "--kl-coef", "0.1")
-    assert code == 2 and error.count("\n") == 1 and "another kl_coef" in error
+    assert code == 2 and error.count("\n") == 1 and "another kl_coef (0.0, now 0.1)" in error
     code, _, error = run("--out", out, *ONE, "--resume")
     assert code == 0 and metrics(out) == metrics(whole), error
 
@@ -796,12 +796,14 @@ def test_the_last_arm_of_a_resumed_run_has_the_threads_that_it_had(tmp_path):
 
 
 def test_three_steps_without_an_update_are_said_once_an_arm():
-    idle, line = Counter(), {"algo": "grpo", "credit": "uniform", "seed": 0, "eval_format_valid": 0.5}
-    said = [bool(runs.hint(line | {"step": step, "updates": updates}, idle))
+    settings, idle, line = train.Settings(), Counter(), {"algo": "grpo", "credit": "uniform", "seed": 0, "eval_format_valid": 0.5}
+    said = [bool(runs.hint(line | {"step": step, "updates": updates}, idle, settings))
             for step, updates in enumerate([0, 0, 1, 0, 0, 0, 0], 1)]
     assert said == [False, False, False, False, False, True, False]
-    assert runs.hint(line | {"step": 0}, Counter()) is None
-    assert "nothing can be learnt" in runs.hint(line | {"step": 0, "eval_format_valid": 0.0}, Counter())
+    assert runs.hint(line | {"step": 0}, Counter(), settings) is None
+    for model, advice in (("tiny", "knows no other boards"), (settings.base, "--teach 32")):
+        said = runs.hint(line | {"step": 0, "eval_format_valid": 0.0}, Counter(), train.Settings(model=model))
+        assert "nothing can be learnt" in said and advice in said
 
 
 def test_boards_that_take_long_to_draw_are_said_with_what_they_come_to(monkeypatch, capsys):

@@ -14,6 +14,7 @@ import extras.agent as teacher
 from env import ENVS, Sokoban, draw_boards
 from extras import smollm2
 from extras.agent import demonstrations, format_lessons, teach_format
+from extras.options import key_values
 from extras.guard import load_tokenizer
 from rollout import load_agent, score
 from train import Arm, Settings
@@ -46,7 +47,9 @@ def test_the_taught_model_is_where_training_starts_and_the_frozen_reference(taug
         assert torch.equal(arm.policy.state_dict()[name], x) and torch.equal(arm.reference.state_dict()[name], x)
     base, _ = load_agent(Settings().agent, "cpu")
     assert any(not torch.equal(x, base.state_dict()[name]) for name, x in model.state_dict().items())
-    assert json.loads((taught / "settings.json").read_text())["teach"] == 6
+    assert (began := json.loads((taught / "settings.json").read_text()))["teach"] == 6
+    boards = {"response_limit": began["max_response_tokens"], **key_values(began["env_options"])}
+    assert Settings(model=str(taught / "agent")).board_options() == boards and len(boards) > 2  # those it was taught on
     assert json.loads((taught / "summary.json").read_text())["config"]["teach"] == 6
 
 
