@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from extras.report import commit
 from train import AGENTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +72,7 @@ def main(arguments=None):
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     found = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__,
-             "date": time.strftime("%Y-%m-%d"), "rehearsal": options.rehearse, "parts": {}}
+             "commit": commit(), "date": time.strftime("%Y-%m-%d"), "rehearsal": options.rehearse, "parts": {}}
     for name in (name for name in options.parts if model or name != "your model"):
         limit, command, toy = PARTS[name]
         run, stem = options.out / "run", name.replace(" ", "-").replace(",", "").replace("'", "")

@@ -21,9 +21,9 @@ SETTINGS = {  # NAME: (what it is, its runs)
     "think50": ("half in the reasoning", "decided/think50", "alpha/think50"),
     "think75": ("three quarters in it", "decided/think75", "alpha/think75"),
     "think100": ("all in the reasoning", "plan-think", "alpha/think100"),
-    "sokoban-short": ("Sokoban, taught 700 updates for 1200", "decided/sokoban-short"),
+    "sokoban-short": ("Sokoban, taught 700 updates instead of 1200", "decided/sokoban-short"),
     "frozenlake": ("FrozenLake", "frozenlake", "alpha/frozenlake"),
-    "frozenlake-long": ("FrozenLake, taught 4000 updates for 1200", "decided/frozenlake-long"),
+    "frozenlake-long": ("FrozenLake, taught 4000 updates instead of 1200", "decided/frozenlake-long"),
     "sudoku": ("Sudoku", "sudoku", "alpha/sudoku"),
     "shop": ("the shop", "shop-kl", "alpha/shop")}
 ALPHAS = ("actfocus:alpha=0", "actfocus", "actfocus:alpha=0.3", "uniform")  # reasoning weighs 0, 0.1, 0.3 and 1
