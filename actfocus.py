@@ -78,7 +78,7 @@ def token_spans(tokenizer, ids, pieces):
     spans, first, here, at = [], 0, 0, 0  # ids[:here] are whole, `at` long; ids[first:here]: the last piece
     for n in range(1, len(ids) + 1):
         known, held, grown = (decode(ids[first:end]) for end in (here, n - 1, n))
-        whole = not grown.endswith("\ufffd") or n - here == 4  # U+FFFD: not whole yet, and no character has more bytes
+        whole = not grown.endswith("\ufffd") or n - here == 32  # U+FFFD: not whole yet; or nothing that will ever be
         apart = n - 1 > here and whole and grown.startswith(held)  # what was not whole is no part of this one
         start, end = at + apart * (len(held) - len(known)), at + len(grown) - len(known)
         spans.append((start, max(end, start + 1)))
@@ -149,14 +149,14 @@ def token_weights(signal, action_mask, response_mask, *, alpha=0.1, beta=0.5, ep
 
 def token_logprobs(logits, targets):
     """Log-probs [n] of targets[n] under raw logits[n, V]."""
-    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    return at_least_float32(logits).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
 # What is put in the place of energy in the paper's ablation (random: a control of ours). Each is (logits[n, V] of the
 # frozen reference, targets[n], old_logprobs[n] of the policy that sampled) -> [n]: the higher, the heavier the token.
 SIGNALS = {
     "energy": lambda logits, targets, old_logprobs: token_energy(logits),
-    "entropy": lambda logits, targets, old_logprobs: Categorical(logits=logits, validate_args=False).entropy(),
+    "entropy": lambda logits, targets, old_logprobs: Categorical(logits=logits.float(), validate_args=False).entropy(),
     "nll": lambda logits, targets, old_logprobs: -old_logprobs,
     "shift": lambda logits, targets, old_logprobs: old_logprobs - token_logprobs(logits, targets),
     "random": lambda logits, targets, old_logprobs: torch.rand_like(old_logprobs),

@@ -128,7 +128,7 @@ class Transcript:
         self.chat, self.env, self.seed, self.longest_prompt = chat, env, int(seed), max_context - max_response_tokens
         self.ids, self.turn_ids, self.logprobs = [], [], []
         self.rewards, self.valid, self.texts, self.success, self.notes = [], [], [], False, None
-        self.observation, _ = env.reset(seed=seed)
+        self.observation, _ = env.reset(seed=self.seed)
         self._append(chat.opening(self.observation))
         if len(self.ids) > self.longest_prompt:
             raise ValueError(f"the first prompt has {len(self.ids)} tokens: with {max_response_tokens} for the "
@@ -344,9 +344,9 @@ TokenStats = namedtuple("TokenStats", "logprobs logsumexp entropy")  # [B, T] ea
 
 def states(model, ids, response_mask):
     """What predicts the N response tokens of ids[B, T]: (hidden[N, H], head's weight[V, H], its bias, targets[N])."""
-    hidden = model.base_model(input_ids=ids[:, :-1]).last_hidden_state  # [B, T - 1, H]: position t - 1 predicts token t
+    backbone = getattr(model, "get_base_model", lambda: model)().base_model  # PEFT's wrapper has both, at another depth
     here, head = response_mask[:, 1:], model.get_output_embeddings()
-    hidden, weight = hidden[here], head.weight
+    hidden, weight = backbone(input_ids=ids[:, :-1]).last_hidden_state[here], head.weight  # t - 1 predicts token t
     if torch.is_autocast_enabled(ids.device.type):  # the products below take what they are given
         hidden, weight = (x.to(torch.get_autocast_dtype(ids.device.type)) for x in (hidden, weight))
     return hidden, weight, getattr(head, "bias", None), ids[:, 1:][here]

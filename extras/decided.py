@@ -25,6 +25,7 @@ from rollout import begin, decoder_for, play, sample_turn
 from train import EVALUATION_SEED
 
 CLOSING = "</think>"
+FEWEST = 10  # states whose returns vary: of fewer, a bootstrap over states says little, of one nothing at all
 
 
 def components(returns):
@@ -42,11 +43,14 @@ def share(of):
 
 
 def with_interval(returns, rng, draws=2000):
-    """The components, the share decided in the answer and its 95 % interval; states are drawn again. None: nothing varies."""
+    """The components, the share decided in the answer and its 95 % interval; states are drawn again.
+
+    None instead of an interval: the returns of too few states vary for it to hold what it promises.
+    """
     again = (share(components(returns[rng.integers(len(returns), size=len(returns))])) for _ in range(draws))
-    again = [x for x in again if x is not None]
-    bounds = np.percentile(again, [2.5, 97.5]).tolist() if len(again) > draws / 2 else [None, None]
-    return components(returns) | {"share": share(components(returns)), "interval": bounds}
+    again, varying = [x for x in again if x is not None], int((np.ptp(returns, (1, 2, 3)) > 1e-9).sum())
+    bounds = np.percentile(again, [2.5, 97.5]).tolist() if varying >= FEWEST and len(again) > draws / 2 else [None, None]
+    return components(returns) | {"share": share(components(returns)), "interval": bounds, "states": [varying, len(returns)]}
 
 
 def verdict(found):

@@ -148,7 +148,8 @@ def main(arguments=None):
         number = lambda x: "none" if x is None else f"{x:.2f}"
         print(f"  {turns:10}  variance by the reasoning {part['reasoning']:.2f}, by the answer {part['answer']:.2f}, by what comes later "
               f"{part['later']:.2f}; the answer's share of the first two {number(part['share'])} "
-              f"[{'..'.join(map(number, part['interval']))}]: {verdict(part)}")
+              f"[{'..'.join(map(number, part['interval']))}]: {verdict(part)} "
+              f"(returns vary in {part['states'][0]} of {part['states'][1]} states)")
     if found["fact_accuracy"] is not None:
         warning = " (three agents with less than 80 % gained little or nothing, whatever the verdict: results/README.md)"
         print(f"  {100 * found['fact_accuracy']:.0f} % of the facts that the reasoning states are true"

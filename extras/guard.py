@@ -46,12 +46,15 @@ def load(path, device):
     try:
         if Path(path).is_absolute() and not Path(path).is_dir():
             raise ValueError("no such directory (python -m extras.agent ENV --out DIR teaches an agent for --model DIR)")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(device)
-        tokenizer = load_tokenizer(path)
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa",
+                                                            output_loading_info=True)
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"{len(missing)} of its weights are missing and would be drawn at random ({missing[0]}, ...)")
+        model, tokenizer = model.to(device), load_tokenizer(path)
         check_agent(model.eval(), tokenizer)
     except Exception as error:  # no such directory, no network, a damaged file: each library raises its own
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        nor = "" if Path(path).is_dir() else " (no directory here has that name, either)"
+        nor = "" if Path(path).is_absolute() or Path(path).is_dir() else " (no directory here has that name, either)"
         raise ValueError(f"model: cannot use {str(path)!r}: {reason}{nor}") from None
     return model, tokenizer
 
@@ -70,9 +73,10 @@ def check_agent(model, tokenizer):
     except TemplateError as error:  # some know no system role, say
         raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from None
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):  # a longer text changes its batch's rotations
-        config.max_position_embeddings = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # one for all layers, or one a kind of layer
+        if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic"):  # a longer text changes its batch's rotations
+            config.max_position_embeddings = min(config.max_position_embeddings, rope.get("original_max_position_embeddings", 2**31))
     try:
         check_numbers(model, tokenizer)
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:  # recurrent states, say
@@ -104,13 +108,21 @@ def check_template(tokenizer):
     messages = [{"role": "user", "content": "Begin."}, {"role": "assistant", "content": said},
                 {"role": "user", "content": "Go on."}]
     render = lambda messages: chat.render([chat.system, *messages])
-    opening, bridge = render(messages[:1]), chat.text(chat.bridge("Go on.", ended=True))
+    opening, longer = render(messages[:1]), render(messages)
+    unlike = ValueError("its chat template does not open a response as it shows one that was given")
+    if said not in longer:
+        raise unlike
+    bridge = chat.text(chat.bridge("Go on.", ended=True))
     if opening.count(system) != 1 or system in bridge:
         raise ValueError("its chat template does not show the system text once, at the start of the conversation")
-    if bridge.rstrip().endswith("<think>"):
+    header, after_said = opening.rpartition("Begin.")[2], longer.rpartition(said)[2]
+    if header.count("<think>") > header.count("</think>"):
         raise ValueError("its chat template opens the reasoning itself, so every response would lack the tag")
-    if not render(messages).removeprefix(opening).lstrip().startswith(said) or "Begin." not in opening:
-        raise ValueError("its chat template does not open a response as it shows one that was given")
+    if "Begin." not in opening or not longer.removeprefix(opening).lstrip().startswith(said):
+        raise unlike
+    # Chat.bridge renders a second turn and takes what it finds there for every turn.
+    if after_said.rpartition("Go on.")[1:] != ("Go on.", header) or render([*messages[:2], *messages]).rpartition(said)[2] != after_said:
+        raise ValueError("its chat template does not open each response alike, or does not show each observation")
 
 
 def check_numbers(model, tokenizer):

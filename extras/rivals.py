@@ -227,16 +227,20 @@ def beliefs(model, tokenizer, trajectories, micro_batch=16):
     """Mean log-prob of the gold answer before the first turn and after each, [B, K + 1]; 0 past a row's last turn.
 
     Teacher-forced: the gold answer follows the context and SCAFFOLD (A2TGPO). What is equal, the prompts of a group
-    say, is read once. With nothing left to answer (a solved Sudoku) the belief is 0, the log of certainty.
+    say, is read once. With nothing left to answer (a solved Sudoku) the belief is 0, the log of certainty; where the
+    question would not fit the model's context, as where an episode ended for lack of room, it is what it was before.
     """
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     scaffold, wanted, places = encode(SCAFFOLD), {}, []
     for row, probes in enumerate(trajectories.notes):
         ids = trajectories.ids[row].tolist()
         for k, probe in enumerate(probes):
             if probe.gold:
-                places.append((row, k, (tuple(ids[: probe.length] + probe.more + scaffold), tuple(encode(probe.gold)))))
-                wanted[places[-1][2]] = 0.0
+                pair = tuple(ids[: probe.length] + probe.more + scaffold), tuple(encode(probe.gold))
+                if len(pair[0]) + len(pair[1]) <= context:
+                    wanted[pair] = 0.0
+                places.append((row, k, pair))
     queue = sorted(wanted, key=lambda pair: len(pair[0]) + len(pair[1]))
     for start in range(0, len(queue), micro_batch):
         part = queue[start:start + micro_batch]
@@ -247,7 +251,7 @@ def beliefs(model, tokenizer, trajectories, micro_batch=16):
         wanted.update(zip(part, (logprobs.sum(1) / gold.sum(1)).tolist()))
     out = torch.zeros(len(trajectories), max(map(len, trajectories.notes), default=0))
     for row, k, pair in places:
-        out[row, k] = wanted[pair]
+        out[row, k] = wanted.get(pair, out[row, max(k - 1, 0)])
     return out
 
 

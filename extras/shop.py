@@ -127,7 +127,7 @@ class Shop(Env):
         return self.results[self.first:self.first + self.page]
 
     def read(self, text):
-        match = re.fullmatch(r"\s*(search|click)\s*\[([^\[\]]*)\]\s*", text, re.IGNORECASE)
+        match = re.fullmatch(r"\s*(search|click)\s*\[([^\[\]]*)\]\s*", text, re.IGNORECASE | re.ASCII)
         if match is None:
             return None
         if match[1].lower() == "search":
@@ -239,6 +239,7 @@ class Shop(Env):
         return "\n".join([*lines, f"Legal actions: {'none' if self.bought is not None else legal}"])
 
     def facts(self):
+        """"Fits" is said of what the page of results shows: a product's options stand on its own page."""
         if self.product is not None or self.results is None:
             chosen = self.chosen if self.product is not None else {}
             return [f"You want {value}." for name, value in self.wanted_options.items() if chosen.get(name) != value]

@@ -117,6 +117,8 @@ def test_the_signals_are_what_they_are_called(randn):
     assert SIGNALS.keys() >= naive.keys() | {"random"}
     for name, values in naive.items():
         assert SIGNALS[name](logits, targets, old).tolist() == pytest.approx(values, rel=1e-6)
+        half = logits.bfloat16()  # sums are float32's
+        torch.testing.assert_close(SIGNALS[name](half, targets, old), SIGNALS[name](half.float(), targets, old), check_dtype=False)
     logprobs = [math.log(row[y]) for row, y in zip(p, targets.tolist())]
     assert token_logprobs(logits, targets).tolist() == pytest.approx(logprobs, rel=1e-12)
     once, again = (SIGNALS["random"](logits, targets, old) for _ in range(2))

@@ -47,6 +47,17 @@ def test_share_interval_and_verdict_tell_the_toy_policies_apart():
     assert nothing["share"] is None and decided.verdict(nothing).startswith("cannot")
 
 
+@pytest.mark.parametrize("varying, tells", [(1, False), (9, False), (10, True), (24, True)])
+def test_of_few_states_that_vary_no_verdict_is_given(varying, tells):
+    """Of one such state, all draws have the same share: an interval of no width."""
+    rng = np.random.default_rng(2)
+    returns = np.full((24, 6, 4, 2), -0.3)
+    returns[:varying] = drawn(KNOWN["all in the answer"], rng, (varying, 6, 4, 2))
+    found = decided.with_interval(returns, rng, draws=300)
+    assert found["states"] == [varying, 24] and found["share"] > 0.5
+    assert decided.verdict(found).startswith("hold") == tells and (found["interval"] == [None, None]) != tells
+
+
 @pytest.mark.parametrize("turn", [0, 1])
 def test_what_is_nested_is_shared_and_what_is_not_is_drawn_anew(monkeypatch, turn):
     """The answers of one reasoning begin with it, continuations of one answer with that, and each has luck of its own."""

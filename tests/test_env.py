@@ -555,6 +555,7 @@ def test_the_shop_lists_exactly_what_can_be_done():
             line = next(line for line in observation.splitlines() if line.startswith("Legal actions: "))
             assert line == "Legal actions: " + (" ".join(f"click[{x}]" for x in env.clicks()) or "search[words]")
             assert env.read("search[shirt]") == ("search[shirt]" if env.results is None else None)
+            assert env.read("\u017fearch[shirt]") is None and env.read("clic\u212a[buy now]") is None  # a long s, a Kelvin sign
             assert env.read("click[the moon]") is None and env.read(" CLICK[ buy  now ] ") in (None, "click[buy now]")
             observation, _, terminated, truncated, info = env.step(response([env.random_action(rng)]))
             assert info["valid"]

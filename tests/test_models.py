@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import assert_logprobs_are_those_of_a_plain_forward_pass
 from test_rollout import ragged_envs, wordy_envs
+from safetensors.torch import save_file
 from test_train import RETURNS, batch_of, scripted
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -109,6 +110,26 @@ def test_a_model_that_does_not_fit_its_tokenizer_is_refused_and_noise_is_switche
         assert model.config.max_position_embeddings == 128  # beyond, a long text would change its batch's log-probs
 
 
+def test_what_turns_with_the_length_in_some_layers_alone_is_held_to_the_shorter_one(tokenizer):
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    long = plain | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0,
+                    "original_max_position_embeddings": 700}
+    model = tiny("gemma3_text", tokenizer, rope_parameters={"sliding_attention": plain, "full_attention": long})
+    guard.check_agent(model, tokenizer)
+    assert model.config.max_position_embeddings == 700
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(tokenizer, tmp_path):
+    model = tiny("llama", tokenizer)
+    model.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    save_file({name: x.clone() for name, x in model.state_dict().items() if "layers.1" not in name}, tmp_path / "model.safetensors",
+              {"format": "pt"})
+    with pytest.raises(ValueError, match="9 of its weights are missing") as refused:
+        load_agent(str(tmp_path), "cpu")
+    assert "\n" not in str(refused.value)
+
+
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" \
          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
@@ -122,6 +143,12 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
     (CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), "opens the reasoning"),
     (CHATML.replace("{{ m.content }}", "{{ m.content }}{% if loop.first %} {{ m.content }}{% endif %}"), "system text once"),
     (CHATML.replace("assistant\n{% endif", "user\n{% endif"), "does not open a response"),
+    (CHATML.replace("{% if add", "{% if messages|length < 3 and add"), "open each response alike"),
+    (CHATML.replace("{{ m.content }}", "{% if m.role != 'user' or loop.index0 < 2 %}{{ m.content }}{% endif %}"), "open each response alike"),
+    (CHATML.replace("{{ m.content }}", "{% if m.role == 'user' %}[{{ loop.index0 }}]{% endif %}{{ m.content }}"), "open each response alike"),
+    (CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<think> So {% endif %}{{ m.content }}")
+     .replace("assistant\n{% endif", "assistant\n<think> So {% endif"), "opens the reasoning"),
+    (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), "does not open a response"),
     ("{{ raise_exception('no system role') }}", "refuses the conversation"), (None, "no chat template")])
 def test_the_rendered_conversation_is_looked_at(template, words, tokenizer):
     before, tokenizer.chat_template = tokenizer.chat_template, template

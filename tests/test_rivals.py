@@ -467,6 +467,17 @@ def test_beliefs_are_teacher_forced_mean_logprobs_of_the_gold_answer(name, optio
                                actual[[2, 0]][:, : int(data.turns[[2, 0]].max()) + 1], atol=1e-5, rtol=0)
 
 
+def test_where_the_question_does_not_fit_the_context_the_belief_stays_what_it_was():
+    model, tokenizer = load_agent(str(AGENTS / "sudoku"), "cpu")
+    data = played(tokenizer, "sudoku", [1, 2], max_turns=3)
+    whole, lengths = beliefs(model, tokenizer, data), [probe.length for probe in data.notes[0]]
+    model.config.max_position_embeddings = lengths[2] + 5  # no room for the third question, nor the fourth
+    short = beliefs(model, tokenizer, data)
+    torch.testing.assert_close(short[0, :2], whole[0, :2])
+    assert len(lengths) == 4 and (short[0, 2:] == short[0, 1]).all()
+    assert (short[0, 2:] - whole[0, 2:]).abs().min() > 1e-3
+
+
 def test_gold_answers_solve():
     for seed in range(20):
         env = environments.make("sudoku")

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -498,6 +499,21 @@ def test_bad_arguments_are_refused(agent, change):
         run(agent, **change)
 
 
+def test_seeds_may_be_those_of_an_earlier_batch(agent):
+    once = run(agent, n=4)
+    model, tokenizer, make_env = agent
+    again = rollout(model, tokenizer, [make_env() for _ in range(4)], seeds=once.seeds, temperature=1.0, max_response_tokens=25,
+                    generator=torch.Generator().manual_seed(0))
+    assert torch.equal(once.ids, again.ids) and torch.equal(once.seeds, again.seeds)
+
+
+def test_a_wrapped_model_is_scored_as_the_one_inside(agent):
+    """PEFT's wrapper has a base_model, too, whose output is that of the whole model."""
+    model, ids, mask = agent[0], torch.arange(24).view(2, 12), torch.arange(12).expand(2, 12) > 3
+    wrapped = SimpleNamespace(base_model=model, get_base_model=lambda: model, get_output_embeddings=model.get_output_embeddings)
+    assert torch.equal(score(wrapped, ids, mask).logprobs, score(model, ids, mask).logprobs)
+
+
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('System role not supported') }}"])
 def test_a_tokenizer_that_cannot_chat_is_refused(agent, template):
     other = PreTrainedTokenizerFast(tokenizer_object=agent[1].backend_tokenizer, eos_token="<|im_end|>",
@@ -557,6 +573,15 @@ def test_action_tokens_are_those_with_a_character_between_the_tags(merged, text,
     assert acting(tokenizer, ids) == expected
 
 
+@pytest.mark.parametrize("pieces", [[b"\xe3", *[b"\x82\xaf\xe3"] * 8, b"\x82\xaf"], [b"\xf0\x9f", *[b"\x99\x82\xf0\x9f"] * 8, b"\x99\x82"]])
+@pytest.mark.parametrize("after", [b"", b"!"])
+def test_tokens_that_all_end_inside_a_character_are_found(pieces, after):
+    """Each holds the end of one character and the beginning of the next, so that only the last one completes the text."""
+    tokens = [b"so", b"<answer>", *pieces, after + b"</answer>", b"so"]
+    tokenizer = SimpleNamespace(eos_token_id=None, decode=lambda ids, **_: b"".join(tokens[i] for i in ids).decode(errors="replace"))
+    assert acting(tokenizer, list(range(len(tokens)))) == [False, False, *[True] * len(pieces), bool(after), False]
+
+
 def test_a_token_without_text_is_no_action_token():
     class Silent:  # models pad their vocabulary: ids beyond the tokenizer's decode to nothing
         eos_token_id, table = 0, {0: "", 1: "<answer>", 2: "Up", 3: "</answer>", 9: ""}
@@ -591,7 +616,8 @@ def test_tokens_whose_text_depends_on_their_place_are_found_too(text, inside):
 @pytest.mark.parametrize("words, inside", [
     (["<answer>", "Up", 0xe2, "</answer>"], ["Up", 0xe2]), (["<answer>", 0xe2, 0x86, 0x92, "</answer>"], [0xe2, 0x86, 0x92]),
     (["<answer>", 0xe2, "Up", 0xe2, 0x86, "</answer>", "Up"], [0xe2, "Up", 0xe2, 0x86]),
-    (["<answer>", *[0x86] * 30, "Up", "</answer>", "Up"], [*[0x86] * 30, "Up"])])
+    (["<answer>", *[0x86] * 30, "Up", "</answer>", "Up"], [*[0x86] * 30, "Up"]),
+    ([*[0x86] * 80, "<answer>", *[0x86] * 80, "Up", "</answer>", "Up"], [*[0x86] * 80, "Up"])])
 @pytest.mark.parametrize("kind", ["byte-level", "Llama's"])
 def test_bytes_that_are_no_character_end_with_the_token_before_the_tag(words, inside, kind):
     """U+FFFD may be a character that goes on, or one that never will."""
