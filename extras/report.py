@@ -285,7 +285,7 @@ TABLES = {  # name -> its rows, if they are not just those of the run of that na
     "reasoning": lambda: rows("main", before=True),
     "energy": lambda: rows("main", "energy", algo="grpo"),
     "step-size": lambda: rows("main", "step-size", algo="grpo", seeds=range(3)),
-    "rivals-sokoban": lambda: rows("rivals-sokoban", "rivals-sokoban-all"),
+    "rivals-sokoban": lambda: rows("main", "rivals-sokoban", algo="grpo", seeds=range(3)),
     "plan": lambda: [*rows("main", **FIRST, label="the answer (default)"), *rows("plan-think", **FIRST, label="the reasoning")],
     "rates": lambda: rows("rates", "rates-high"),
     "own-rate": lambda: rows("main", "own-rate", algo="grpo"),
@@ -297,10 +297,8 @@ TABLES = {  # name -> its rows, if they are not just those of the run of that na
                                   *rows("no-filter-rates", **FIRST, own=":lr=3.3e-5", label="the same, lr 3.3e-5"),
                                   *rows("no-filter-rates", **FIRST, own=":lr=1e-5", label="the same, lr 1e-5"),
                                   *rows("no-filter-ppo", **FIRST | {"algo": "ppo"}, label="all groups, 4 updates")],
-    "others": lambda: [*rows("frozenlake", **PAIR, label="frozenlake"), *rows("sudoku", **PAIR, label="sudoku"),
-                       *rows("shop-kl", **PAIR, label="shop, group filter, KL 0.001"),
-                       *rows("shop-kl-earlier", **PAIR, label="the same, an earlier agent"),
-                       *rows("shop", **PAIR, label="shop, no filter, an earlier agent")]}
+    "others": lambda: [*rows("frozenlake", label="frozenlake"), *rows("sudoku", label="sudoku"),
+                       *rows("shop-kl", label="shop, group filter, KL 0.001")]}
 
 
 def cell(head, label, name, arms, uniform, actfocus):
