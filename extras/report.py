@@ -285,6 +285,7 @@ TABLES = {  # name -> its rows, if they are not just those of the run of that na
     "reasoning": lambda: rows("main", before=True),
     "energy": lambda: rows("main", "energy", algo="grpo"),
     "step-size": lambda: rows("main", "step-size", algo="grpo", seeds=range(3)),
+    "rivals-sudoku": lambda: rows("sudoku", "rivals-sudoku", seeds=range(3)),
     "rivals-sokoban": lambda: rows("main", "rivals-sokoban", algo="grpo", seeds=range(3)),
     "plan": lambda: [*rows("main", **FIRST, label="the answer (default)"), *rows("plan-think", **FIRST, label="the reasoning")],
     "rates": lambda: rows("rates", "rates-high"),
