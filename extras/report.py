@@ -287,7 +287,7 @@ TABLES = {  # name -> its rows, if they are not just those of the run of that na
     "step-size": lambda: rows("main", "step-size", algo="grpo", seeds=range(3)),
     "rivals-sudoku": lambda: rows("sudoku", "rivals-sudoku", seeds=range(3)),
     "rivals-sokoban": lambda: rows("main", "rivals-sokoban", algo="grpo", seeds=range(3)),
-    "plan": lambda: [*rows("main", **FIRST, label="the answer (default)"), *rows("plan-think", **FIRST, label="the reasoning")],
+    "plan": lambda: [*rows("main", **PAIR, algo="grpo", label="the answer (default)"), *rows("plan-think", label="the reasoning")],
     "rates": lambda: rows("rates", "rates-high"),
     "own-rate": lambda: rows("main", "own-rate", algo="grpo"),
     "no-filter": lambda: [*rows("main", **PAIR, algo="grpo", label="a quarter of the groups, 1 update (default)"),
