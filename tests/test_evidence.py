@@ -228,7 +228,8 @@ def test_one_group_is_played_and_without_a_valid_response_it_is_said(monkeypatch
     assert code == 2 and error.count("\n") == 1 and "seed" in error
 
 
-@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_narrow_terminal_that_knows_few_characters_is_enough(encoding):
     done = subprocess.run([sys.executable, "-m", "extras.show", "--seed", "3", "--rollouts", "4"], cwd=ROOT, capture_output=True,
                           env=os.environ | {"COLUMNS": "20", "PYTHONIOENCODING": encoding}, timeout=100)

@@ -176,14 +176,14 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path, monkeypatch):
 
 
 def test_a_finished_run_takes_more_seeds_and_credits_and_keeps_what_it_has(whole, tmp_path, monkeypatch):
-    out = shutil.copytree(whole, tmp_path / "run")
+    out, played = shutil.copytree(whole, tmp_path / "run"), Counter()
+    monkeypatch.setattr(train.Arm, "step", lambda arm: played.update([id(arm)]) or {"updates": 0})
     more = ["--algos", "ppo", "--steps", "3", "--seeds", "1", "0", "--credits", "uniform", "actfocus"]
     code, _, error = run("--out", out, *more, "--resume")
-    assert code == 0, error
+    assert code == 0 and list(played.values()) == [3, 3, 3], error
     arms = {(line["credit"], line["seed"]) for line in metrics(out)}
     assert len(arms) == 4 and [line for line in metrics(out) if (line["credit"], line["seed"]) == ("actfocus", 0)] == metrics(whole)
     assert len(strict((out / "summary.json").read_text())["arms"]) == 4
-    monkeypatch.setattr(train.Arm, "step", lambda arm: pytest.fail("a step was done again"))
     for fewer, name in ((ONE, "credits, seeds"), ([*more, "--credits", "uniform:lr=0.5"], "credits")):  # what was there is not dropped
         code, _, error = run("--out", out, *fewer, "--resume")
         assert code == 2 and error.count("\n") == 1 and re.sub(r" \(.*?\)", "", error).endswith(f"another {name}\n"), error

@@ -517,6 +517,7 @@ def test_a_slip_in_a_credit_of_ones_own_is_named_with_its_place(tmp_path, monkey
     assert f"grpo mine seed 0, step 1: too many values to unpack (expected 2) (test_train.py, line {weights.__code__.co_firstlineno + 1})" in error
 
 
+@pytest.mark.slow
 def test_a_credit_knows_the_step_of_its_run_after_a_resumption_too(tmp_path, monkeypatch):
     seen = []
 
