@@ -111,12 +111,12 @@ class Settings:
     def board_options(self):
         """Options of the environment: the given ones, or else those that the agent was taught on."""
         taught = Path(self.base) / "env.json"  # what `python -m extras.agent` leaves: {environment: its options}
-        if not self.env_options and taught.exists():
-            return json.loads(taught.read_text()).get(self.env, {})
-        return extra("options").key_values(self.env_options)
+        known = json.loads(taught.read_text()) if taught.exists() and not self.env_options else {}
+        options = known.get(self.env, extra("options").key_values(self.env_options))
+        return {"response_limit": self.max_response_tokens, **options}
 
     def make_env(self):
-        return environments.make(self.env, **{"response_limit": self.max_response_tokens, **self.board_options()})
+        return environments.make(self.env, **self.board_options())
 
     @property
     def torch_device(self):

@@ -207,9 +207,8 @@ def save(settings, model, tokenizer, out):
     """The agent, and the boards that it knows: with --model `out`, they are the default."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    # The length that it is told is part of a phrase that is one token to a built-in agent: another would be new to it.
-    boards = {"response_limit": settings.max_response_tokens, **settings.board_options()}
-    (out / "env.json").write_text(json.dumps({settings.env: boards}, indent=1) + "\n")
+    # With the length that it is told: part of a phrase that is one token to a built-in agent, so another would be new to it.
+    (out / "env.json").write_text(json.dumps({settings.env: settings.board_options()}, indent=1) + "\n")
 
 
 def main():

@@ -177,10 +177,11 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path, monkeypatch):
 
 def test_a_finished_run_takes_more_seeds_and_credits_and_keeps_what_it_has(whole, tmp_path, monkeypatch):
     out, played = shutil.copytree(whole, tmp_path / "run"), Counter()
-    monkeypatch.setattr(train.Arm, "step", lambda arm: played.update([id(arm)]) or {"updates": 0})
+    monkeypatch.setattr(train.Arm, "step", lambda arm: played.update([(type(arm.credit).__name__, arm.generator.initial_seed())])
+                        or {"updates": 0})
     more = ["--algos", "ppo", "--steps", "3", "--seeds", "1", "0", "--credits", "uniform", "actfocus"]
     code, _, error = run("--out", out, *more, "--resume")
-    assert code == 0 and list(played.values()) == [3, 3, 3], error
+    assert code == 0 and played == {("uniform", 1): 3, ("actfocus", 1): 3, ("uniform", 0): 3}, error
     arms = {(line["credit"], line["seed"]) for line in metrics(out)}
     assert len(arms) == 4 and [line for line in metrics(out) if (line["credit"], line["seed"]) == ("actfocus", 0)] == metrics(whole)
     assert len(strict((out / "summary.json").read_text())["arms"]) == 4
