@@ -31,7 +31,7 @@ from train import AGENTS, DEFAULTS, EVALUATION_SEED, Settings
 TAUGHT = {"sokoban": ({"walls": 0, "min_moves": 2, "max_moves": 6, "max_turns": 4, "max_actions": 8,
                        "observation": "coordinates"}, {}),
           "frozenlake": ({}, {"worse_noise": 0.95}),
-          "sudoku": ({"hint": True, "max_turns": 4, "max_actions": 8}, {"worse_noise": 0.3}),  # mistakes are hard to mend
+          "sudoku": ({"hint": True, "max_turns": 4, "max_actions": 8}, {"worse_noise": 0.3}),  # mistakes stay
           "shop": ({"products": 60, "page": 3}, {"noise": 0.1, "worse_noise": 0.6, "episodes": 2000})}
 # `--teach`: share of random moves, episodes an update, learning rate times the model's width
 FORMAT_NOISE, FORMAT_BATCH, LR_WIDTH = 0.75, 2, 0.1
@@ -71,7 +71,8 @@ def tiny_model(tokenizer, *, width=64, layers=2, heads=4, seed=0):
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=True,
         # The default 0.02 is meant for widths in the thousands; at this width training stalls with it.
-        initializer_range=0.08, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        initializer_range=0.08,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").float()
@@ -119,8 +120,8 @@ def demonstrations(env, tokenizer, seeds, rng, noise, desc, plan_in_think=0.0, l
     data = pack(transcripts)
     longest = max(int((data.turn_ids == turn).sum(1).max()) for turn in range(int(data.turns.max())))
     if longest > limit:
-        raise ValueError(f"a demonstrated response takes {longest} of this model's tokens, max_response_tokens is {limit} "
-                         "(extras.agent: --env-options response_limit=N)")
+        raise ValueError(f"a demonstrated response takes {longest} of this model's tokens, max_response_tokens is "
+                         f"{limit} (extras.agent: --env-options response_limit=N)")
     return data
 
 
@@ -146,7 +147,8 @@ def imitate(model, data, steps, lr, rng, desc, batch=16, action_weight=8.0, warm
             bar.set_postfix(loss=f"{loss.item():.2f}")
 
 
-HOW = {"width": "of the model", "layers": "of the model", "episodes": "demonstrations of the first stage, the second has half",
+HOW = {"width": "of the model", "layers": "of the model",
+       "episodes": "demonstrations of the first stage, the second has half",
        "steps": "updates of the first stage", "noise": "share of random moves in its demonstrations",
        "worse_steps": "updates of the second stage", "worse_noise": "share of random moves in its demonstrations",
        "plan_in_think": "share of the demonstrations that decide in the reasoning, which the answer copies"}
@@ -154,7 +156,7 @@ HOW = {"width": "of the model", "layers": "of the model", "episodes": "demonstra
 
 def teach(env, held_out, *, width=64, layers=2, episodes=3000, steps=1200, noise=0.2, worse_steps=80, worse_noise=0.75,
           plan_in_think=0.0):
-    """An agent for the boards of `env` whose first observation is not in held_out -> (model, tokenizer). Options: HOW."""
+    """An agent for those boards of `env` whose first observation is not in held_out -> (model, tokenizer); see HOW."""
     rng = np.random.default_rng(0)
     texts = ["system", "user", "assistant", *FILLERS]
     for seed in range(100):
@@ -167,26 +169,26 @@ def teach(env, held_out, *, width=64, layers=2, episodes=3000, steps=1200, noise
             over = terminated or truncated
     tokenizer = tiny_tokenizer(texts, phrases=[env.system_prompt, env.format_reminder, *getattr(env, "phrases", [])])
     model = tiny_model(tokenizer, width=width, layers=layers, heads=width // 16)
-    good = demonstrations(env, tokenizer, draw_boards(env, rng, episodes, EVALUATION_SEED, held_out), rng, noise,
-                          "demonstrations", plan_in_think)
+    boards = draw_boards(env, rng, episodes, EVALUATION_SEED, held_out)
+    good = demonstrations(env, tokenizer, boards, rng, noise, "demonstrations", plan_in_think)
     imitate(model, good, steps, 3e-3, rng, "1 of 2: know the game")
     if worse_steps:
-        bad = demonstrations(env, tokenizer, draw_boards(env, rng, episodes // 2, EVALUATION_SEED, held_out), rng, worse_noise,
-                             "poor demonstrations", plan_in_think)
+        boards = draw_boards(env, rng, episodes // 2, EVALUATION_SEED, held_out)
+        bad = demonstrations(env, tokenizer, boards, rng, worse_noise, "poor demonstrations", plan_in_think)
         imitate(model, bad, worse_steps, 1e-3, rng, "2 of 2: play it badly")
     return model, tokenizer
 
 
 def format_lessons(settings, tokenizer):
-    """`train.py --teach N`: N demonstrated episodes -> Trajectories. They are poor: they show how to answer, not how to win.
+    """`train.py --teach N`: N demonstrated episodes -> Trajectories. They show how to answer, not how to win.
 
     ValueError: there is nothing to demonstrate with, or a response would not fit.
     """
     s, rng, env = settings, np.random.default_rng(0), settings.make_env()
     held_out = {env.reset(seed=seed)[0] for seed in s.evaluation_seeds()}
     try:
-        return demonstrations(env, tokenizer, draw_boards(env, rng, s.teach, EVALUATION_SEED, held_out), rng, FORMAT_NOISE,
-                              "demonstrations", limit=s.max_response_tokens)
+        boards = draw_boards(env, rng, s.teach, EVALUATION_SEED, held_out)
+        return demonstrations(env, tokenizer, boards, rng, FORMAT_NOISE, "demonstrations", limit=s.max_response_tokens)
     except ValueError as error:
         raise ValueError(f"teach: {error}") from None
 
@@ -196,7 +198,8 @@ def teach_format(settings, model, tokenizer, data):
     s, rng = settings, np.random.default_rng(0)
     width, steps = model.get_input_embeddings().weight.shape[1], -(-s.teach // FORMAT_BATCH)
     with s.autocast():
-        imitate(model.to(s.torch_device), data, steps, LR_WIDTH / width, rng, f"teaching the format, {s.teach} episodes",
+        imitate(model.to(s.torch_device), data, steps, LR_WIDTH / width, rng,
+                f"teaching the format, {s.teach} episodes",
                 batch=FORMAT_BATCH, action_weight=1.0, warmup=max(steps // 5, 1))
     part = Path(f"{s.agent}.part")
     save(s, model, tokenizer, part)
@@ -207,7 +210,7 @@ def save(settings, model, tokenizer, out):
     """The agent, and the boards that it knows: with --model `out`, they are the default."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    # With the length that it is told: part of a phrase that is one token to a built-in agent, so another would be new to it.
+    # With the length that it is told: part of a phrase that is one token to a built-in agent, so another would be new.
     (out / "env.json").write_text(json.dumps({settings.env: settings.board_options()}, indent=1) + "\n")
 
 
@@ -218,7 +221,8 @@ def main():
     parser.add_argument("--env-options", nargs="+", metavar="KEY=VALUE", help="other boards than the shipped agent's")
     for name, text in HOW.items():
         default = teach.__kwdefaults__[name]
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), metavar="N" if isinstance(default, int) else "SHARE",
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default),
+                            metavar="N" if isinstance(default, int) else "SHARE",
                             help=f"{text} (default: {default}, or the game's own in TAUGHT)")
     options = parser.parse_args()
     boards, how = TAUGHT.get(options.env, ({}, {}))

@@ -1,11 +1,11 @@
 """Speed and memory beside other implementations: the loss, and the rollouts.
 
-    python -m extras.bench loss --tokens 512 2048       # `pip install liger-kernel cut-cross-entropy` for two of its rows
+    python -m extras.bench loss --tokens 512 2048   # `pip install liger-kernel cut-cross-entropy` for two of its rows
     python -m extras.bench rollout
 
-Methods run in turn, medians are printed. The loss is the policy loss where rho is 1, -mean(advantages * logprob), forward
-and backward; its gradients are compared with float64. Its yardstick are three matrix products, hidden @ weight.T and the
-two that make the gradients, without anything in between: no exact method can do with less.
+Methods run in turn, medians are printed. The loss is the policy loss where rho is 1, -mean(advantages * logprob),
+forward and backward; its gradients are compared with float64. Its yardstick are three matrix products, hidden @
+weight.T and the two that make the gradients, without anything in between: no exact method can do with less.
 """
 
 import argparse
@@ -111,10 +111,11 @@ def positive(text):
 
 
 def parser_of(name, more, rounds):
-    parser = argparse.ArgumentParser(f"python -m extras.bench {name}", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(f"python -m extras.bench {name}",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for option, default in (more | {"rounds": rounds}).items():
-        parser.add_argument(f"--{option}", type=positive, default=default, nargs="+" if isinstance(default, list) else None,
-                            help=" ")
+        parser.add_argument(f"--{option}", type=positive, default=default, help=" ",
+                            nargs="+" if isinstance(default, list) else None)
     return parser
 
 
@@ -124,10 +125,11 @@ def loss(arguments=None):
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=" ")
     options = parser.parse_args(arguments)
     dtype, device = getattr(torch, options.dtype), "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"torch {torch.__version__}, {options.dtype} on {device} ({torch.get_num_threads()} threads), H {options.hidden}, "
-          f"V {options.vocabulary}, weight gradient {options.vocabulary * options.hidden * dtype.itemsize / 1e6:.0f} MB")
-    print("| method | tokens | extra peak, MB | median, s | range, s | of three products | error of d hidden, d weight |\n"
-          "|---|---|---|---|---|---|---|")
+    print(f"torch {torch.__version__}, {options.dtype} on {device} ({torch.get_num_threads()} threads), "
+          f"H {options.hidden}, V {options.vocabulary}, "
+          f"weight gradient {options.vocabulary * options.hidden * dtype.itemsize / 1e6:.0f} MB")
+    print("| method | tokens | extra peak, MB | median, s | range, s | of three products | error of d hidden, d weight "
+          "|\n|---|---|---|---|---|---|---|")
     for n in options.tokens:
         torch.manual_seed(0)
         leaves = [torch.randn(n, options.hidden, device=device).to(dtype),
@@ -144,15 +146,16 @@ def loss(arguments=None):
                         notes[name] = ", ".join(f"{error:.0e}" for error in errors(leaves, targets, advantages))
                 except Exception as error:  # a peer that is absent, does not fit or does not run here
                     runs[name], notes[name] = [], f"{type(error).__name__}: {error}".splitlines()[0][:60]
-        medians = {name: statistics.median(x for x, _ in measured[1:]) for name, measured in runs.items() if measured[1:]}
+        medians = {name: statistics.median(seconds for seconds, _ in measured[1:])
+                   for name, measured in runs.items() if measured[1:]}
         for name, measured in runs.items():
             if name not in medians:
                 print(f"| {name} | {n} | - | - | - | - | {notes[name]} |", flush=True)
                 continue
             seconds, peaks = zip(*measured[1:])
             share = f"{medians[name] / medians['three products']:.2f}" if "three products" in medians else "-"
-            print(f"| {name} | {n} | {max(peaks) / 1e6:.0f} | {medians[name]:.3g} | {min(seconds):.3g}-{max(seconds):.3g} | "
-                  f"{share} | {notes.get(name, '-')} |", flush=True)
+            print(f"| {name} | {n} | {max(peaks) / 1e6:.0f} | {medians[name]:.3g} | {min(seconds):.3g}-"
+                  f"{max(seconds):.3g} | {share} | {notes.get(name, '-')} |", flush=True)
 
 
 @torch.no_grad()
@@ -166,10 +169,10 @@ def rollout_by_generate(model, tokenizer, envs, *, seeds, temperature, max_respo
              for env, seed in zip(envs, seeds)]
     while active:
         texts = [tokenizer.apply_chat_template(chats[i], tokenize=False, add_generation_prompt=True) for i in active]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        out = model.generate(input_ids=batch.input_ids.to(model.device), attention_mask=batch.attention_mask.to(model.device),
-                             do_sample=True, temperature=temperature, top_k=0, top_p=1.0, pad_token_id=tokenizer.pad_token_id,
-                             max_new_tokens=max_response_tokens, eos_token_id=eos)
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False,
+                          return_token_type_ids=False)
+        out = model.generate(**batch.to(model.device), do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+                             max_new_tokens=max_response_tokens, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
         going_on = []
         for i, ids in zip(active, out[:, batch.input_ids.shape[1]:].tolist()):
             ids = ids[: ids.index(eos) + 1] if eos in ids else ids
@@ -210,7 +213,7 @@ def read_speed(device, size=2**28):
 
 
 def bytes_of_a_step(model, rows, width):
-    """What a decode step of `rows` texts with `width` ids each has to read: all weights and the key-value cache, once."""
+    """What a decode step of `rows` texts with `width` ids each has to read: weights and key-value cache, once."""
     config = model.config
     heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
     numbers = sum(x.numel() for x in model.parameters()) + 2 * config.num_hidden_layers * heads * rows * width
@@ -221,10 +224,10 @@ def rollouts(arguments=None):
     more = {"batch": 128, "turns": [2, 4, 5, 8, 9], "tokens": 60, "width": 64, "layers": 2, "vocabulary": 351}
     options = parser_of("rollout", more, 3).parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {options.batch} episodes, responses of at "
-          f"most {options.tokens} tokens, {options.layers} layers of width {options.width}")
-    print("| turns | rollout, tokens/s | range | generate, tokens/s | ratio | replayed steps alone, tokens/s | floor: memory read once, "
-          "tokens/s |\n|---|---|---|---|---|---|---|")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {options.batch} episodes, "
+          f"responses of at most {options.tokens} tokens, {options.layers} layers of width {options.width}")
+    print("| turns | rollout, tokens/s | range | generate, tokens/s | ratio | replayed steps alone, tokens/s | "
+          "floor: memory read once, tokens/s |\n|---|---|---|---|---|---|---|")
     tokenizer = load_tokenizer(str(AGENTS / "sokoban"))
     model = tiny_model(tokenizer, width=options.width, layers=options.layers, heads=max(1, options.width // 16))
     model.resize_token_embeddings(max(options.vocabulary, len(tokenizer)), mean_resizing=False)
@@ -241,14 +244,16 @@ def rollouts(arguments=None):
             middle = time.perf_counter()
             with sdpa_kernel(ATTENTION):  # the same choice for both
                 generated = rollout_by_generate(model, tokenizer, envs, **shared)
-            runs.append((int(played.response_mask.sum()) / (middle - started), generated / (time.perf_counter() - middle)))
-        all_ours = [x for x, _ in runs[1:]]
-        ours, theirs = (statistics.median(x) for x in zip(*runs[1:]))
-        halfway = int(played.lengths.max()) // 2
-        alone = options.batch / replayed_step(model, options.batch, halfway, options.tokens) if device.type == "cuda" else math.nan
+            ended = time.perf_counter()
+            runs.append((int(played.response_mask.sum()) / (middle - started), generated / (ended - middle)))
+        ours, theirs = zip(*runs[1:])
+        median, ratio = statistics.median(ours), statistics.median(ours) / statistics.median(theirs)
+        halfway, seconds = int(played.lengths.max()) // 2, math.nan
+        if device.type == "cuda":
+            seconds = replayed_step(model, options.batch, halfway, options.tokens)
         floor = options.batch * speed / bytes_of_a_step(model, options.batch, halfway)
-        print(f"| {turns} | {ours:.0f} | {min(all_ours):.0f}-{max(all_ours):.0f} | {theirs:.0f} | {ours / theirs:.1f} | "
-              f"{alone:.0f} | {floor:.0f} |", flush=True)
+        print(f"| {turns} | {median:.0f} | {min(ours):.0f}-{max(ours):.0f} | {statistics.median(theirs):.0f} | "
+              f"{ratio:.1f} | {options.batch / seconds:.0f} | {floor:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Where is the return decided, in the reasoning or in the answer? Estimated before any training, by nested sampling.
 
-ActFocus holds the reasoning's gradient back, which costs nothing where the agent decides in its answer, and much where it decides
-while it reasons. For each of n states (boards, at one of their turns): m reasonings, up to and with `</think>`; for each, k
-answers; for each of those, c continuations of the episode, each with luck of its own. R[n, m, k, c] is the return. With MS the
-mean over states of sample variances, unbiased components of a nested analysis of variance are
+ActFocus holds the reasoning's gradient back, which costs nothing where the agent decides in its answer, and much where
+it decides while it reasons. For each of n states (boards, at one of their turns): m reasonings, up to and with
+`</think>`; for each, k answers; for each of those, c continuations of the episode, each with luck of its own.
+R[n, m, k, c] is the return. With MS the mean over states of sample variances, unbiased components of a nested analysis
+of variance are
 
     later      s2_l = MS_c(R)
     answer     s2_a = MS_k(mean_c R) - s2_l / c
@@ -29,7 +30,7 @@ FEWEST = 10  # states whose returns vary: of fewer, a bootstrap over states says
 
 
 def components(returns):
-    """R[n, m, k, c] -> {"reasoning", "answer", "later"}: unbiased components of its variance; m, k and c are at least 2."""
+    """R[n, m, k, c] -> {"reasoning", "answer", "later"}: unbiased components of its variance; m, k and c at least 2."""
     n, m, k, c = returns.shape
     later = returns.var(3, ddof=1).mean()
     answer = returns.mean(3).var(2, ddof=1).mean() - later / c
@@ -49,8 +50,9 @@ def with_interval(returns, rng, draws=2000):
     """
     again = (share(components(returns[rng.integers(len(returns), size=len(returns))])) for _ in range(draws))
     again, varying = [x for x in again if x is not None], int((np.ptp(returns, (1, 2, 3)) > 1e-9).sum())
-    bounds = np.percentile(again, [2.5, 97.5]).tolist() if varying >= FEWEST and len(again) > draws / 2 else [None, None]
-    return components(returns) | {"share": share(components(returns)), "interval": bounds, "states": [varying, len(returns)]}
+    enough, found = varying >= FEWEST and len(again) > draws / 2, components(returns)
+    bounds = np.percentile(again, [2.5, 97.5]).tolist() if enough else [None, None]
+    return found | {"share": share(found), "interval": bounds, "states": [varying, len(returns)]}
 
 
 def verdict(found):
@@ -71,7 +73,7 @@ def reasoning_length(tokenizer, ids, pieces):
 
 @torch.no_grad()
 def nested_returns(arm, turn, boards, m, k, c):
-    """R[n, m, k, c] from the states before the `turn`-th response (from 0) on those boards that get so far -> float64."""
+    """R[n, m, k, c], float64, from the states before the `turn`-th response (from 0) of those boards that get there."""
     s = arm.settings
     states = begin(arm.policy, arm.tokenizer, [copy.deepcopy(arm.env) for _ in boards], boards, s.max_response_tokens)
     stop_ids, pieces, context = states[0].chat.stop_ids, {}, states[0].longest_prompt + s.max_response_tokens
@@ -91,7 +93,7 @@ def nested_returns(arm, turn, boards, m, k, c):
     reasonings = []
     for state, ids in zip(np.repeat(states, m), responses([state.ids for state in states for _ in range(m)])):
         n = reasoning_length(arm.tokenizer, ids, pieces)
-        reasonings.append((state, ids[:n], n == len(ids)))  # a response that is nothing but reasoning has no answer to draw
+        reasonings.append((state, ids[:n], n == len(ids)))  # one that is nothing but reasoning has no answer to draw
     pairs = [pair for pair in reasonings for _ in range(k)]
     begun = [(state.ids, ids) for state, ids, whole in pairs if not whole]
     room = s.max_response_tokens - min((len(ids) for _, ids in begun), default=0)
@@ -112,7 +114,7 @@ def nested_returns(arm, turn, boards, m, k, c):
 
 
 def decided(arm, boards, m=6, k=4, c=2, batch=8):
-    """Components, share and interval at the first turn, and over the states of all turns -> {"first turn": ..., "all turns": ...}."""
+    """{"first turn", "all turns"}: components, share and interval at the first turn, and over states of all turns."""
     seeds, rng = draw_boards(arm.env, arm.rng, boards, EVALUATION_SEED, arm.held_out), np.random.default_rng(0)
     parts = [seeds[i:i + batch] for i in range(0, boards, batch)]
     of_turn = [[] for _ in range(arm.env.max_turns)]

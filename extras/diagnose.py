@@ -3,9 +3,9 @@
     python -m extras.diagnose                                           # the built-in agent, 200 groups of 16: minutes
     python -m extras.diagnose --checkpoint runs/latest/arms/grpo-actfocus-0.pt --signal nll
 
-By nested sampling (extras/decided.py), the share of the returns' variance that is decided in the answer rather than in the
-reasoning, and a verdict; the paper's own statistic, how energy of action tokens tracks a group's reward variance; and who gives
-the gradient. Writes diagnosis.json and, with matplotlib, diagnosis.png to --out.
+By nested sampling (extras/decided.py), the share of the returns' variance that is decided in the answer rather than in
+the reasoning, and a verdict; the paper's own statistic, how energy of action tokens tracks a group's reward variance;
+and who gives the gradient. Writes diagnosis.json and, with matplotlib, diagnosis.png to --out.
 """
 
 import json
@@ -25,7 +25,7 @@ from extras.facts import accuracy
 from extras.options import SettingsParser
 from extras.report import described, pyplot
 from extras.runs import write
-from extras.show import agent_at
+from extras.show import CHECKPOINT, agent_at
 from rollout import score
 from train import EVALUATION_SEED, score_logits
 
@@ -85,14 +85,16 @@ def diagnose(arm, groups):
     """Play `groups` boards G times each -> what was found, and each group's mean signals and reward variance."""
     s, names = arm.settings, [name for name in SIGNALS if name != "random"]
     boards = draw_boards(arm.env, arm.rng, groups, EVALUATION_SEED, arm.held_out)
-    means, returns, facts, shares, tokens = defaultdict(list), [], [], defaultdict(lambda: np.zeros(2)), defaultdict(int)
+    means, returns, facts = defaultdict(list), [], []
+    shares, tokens = defaultdict(lambda: np.zeros(2)), defaultdict(int)
     for start in tqdm(range(0, groups, s.prompts), desc="playing", unit="batch", leave=False, disable=None):
         played = arm.play(np.repeat(boards[start:start + s.prompts], s.rollouts).tolist(), s.temperature, arm.generator)
         returns.append(played.returns.view(-1, s.rollouts))
         facts.append(accuracy(played, arm.env)["fact_accuracy"])
         batch = arm.score(played)
-        signals = batch.in_parts(lambda part: score_logits(arm.reference, part.ids, part.response_mask, part.old_logprobs,
-                                                           *(SIGNALS[name] for name in names)), arm.micro_batch)
+        of_part = lambda part: score_logits(arm.reference, part.ids, part.response_mask, part.old_logprobs,
+                                            *(SIGNALS[name] for name in names))
+        signals = batch.in_parts(of_part, arm.micro_batch)
         kinds = {"action tokens": batch.action_mask, "reasoning tokens": batch.response_mask & ~batch.action_mask,
                  "all response tokens": batch.response_mask}
         for kind, mask in kinds.items():
@@ -110,8 +112,8 @@ def diagnose(arm, groups):
     variance, rng = returns.double().var(1), np.random.default_rng(s.seeds[0])
     rho = {f"{name}, {kind}": rank_correlation(values, variance, rng) for (name, kind), values in means.items()}
     facts = [x for x in facts if x is not None]
-    return {"groups": groups, "signal": s.signal, "action_fraction": tokens["action tokens"] / tokens["all response tokens"],
-            "groups_with_spread": len(variance_filter(returns, keep=1)), "spearman": rho,
+    return {"groups": groups, "groups_with_spread": len(variance_filter(returns, keep=1)), "signal": s.signal,
+            "action_fraction": tokens["action tokens"] / tokens["all response tokens"], "spearman": rho,
             "fact_accuracy": float(np.mean(facts)) if facts else None,
             "grad_share_action": {credit: squares[0] / squares.sum() if squares.sum() else None
                                   for credit, squares in shares.items()}}, means, variance
@@ -124,7 +126,8 @@ def plot(means, variance, rho, path):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, kind in zip(axes, ("action tokens", "reasoning tokens")):
         axis.scatter(means["energy", kind], variance, s=9, alpha=0.6)
-        axis.set(title=f"{kind}, rho {rho[f'energy, {kind}'][0]:+.2f}", xlabel="mean energy of the group's tokens (nats)")
+        axis.set(title=f"{kind}, rho {rho[f'energy, {kind}'][0]:+.2f}",
+                 xlabel="mean energy of the group's tokens (nats)")
     axes[0].set_ylabel("variance of the group's returns")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -132,8 +135,9 @@ def plot(means, variance, rho, path):
 
 
 def main(arguments=None):
-    parser, started = SettingsParser("python -m extras.diagnose", description=__doc__.split("\n\n")[0]), time.perf_counter()
-    parser.add_argument("--checkpoint", help="an arm's, DIR/arms/*.pt, with its settings (default: the agent before training)")
+    started = time.perf_counter()
+    parser = SettingsParser("python -m extras.diagnose", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--checkpoint", help=CHECKPOINT)
     parser.add_argument("--groups", type=int, default=200, help="groups that are played (default: 200)")
     parser.add_argument("--nested-boards", type=int, default=24, help="boards of the nested sampling (default: 24)")
     arm, options = agent_at(parser, parser.parse_args(arguments).checkpoint, arguments)
@@ -142,23 +146,25 @@ def main(arguments=None):
             parser.error(f"{name}: {vars(options)[name]} is fewer than 2")
     found, means, variance = diagnose(arm, options.groups)
     nested = decided(arm, options.nested_boards)
-    print(f"Where the variance of returns is decided, {nested['episodes']} episodes from {options.nested_boards} boards:")
+    print(f"Where the variance of returns is decided, {nested['episodes']} episodes from {options.nested_boards} "
+          "boards:")
     for turns in ("first turn", "all turns"):
         part = nested[turns]
         number = lambda x: "none" if x is None else f"{x:.2f}"
-        print(f"  {turns:10}  variance by the reasoning {part['reasoning']:.2f}, by the answer {part['answer']:.2f}, by what comes later "
-              f"{part['later']:.2f}; the answer's share of the first two {number(part['share'])} "
+        print(f"  {turns:10}  variance by the reasoning {part['reasoning']:.2f}, by the answer {part['answer']:.2f}, "
+              f"by what comes later {part['later']:.2f}; the answer's share of the first two {number(part['share'])} "
               f"[{'..'.join(map(number, part['interval']))}]: {verdict(part)} "
               f"(returns vary in {part['states'][0]} of {part['states'][1]} states)")
     if found["fact_accuracy"] is not None:
-        warning = " (three agents with less than 80 % gained little or nothing, whatever the verdict: results/README.md)"
+        warning = " (three agents with less than 80 % gained little or nothing, whatever the verdict: results)"
         print(f"  {100 * found['fact_accuracy']:.0f} % of the facts that the reasoning states are true"
               + warning * (found["fact_accuracy"] < 0.8))
     out, rho, s = Path(arm.settings.out), found["spearman"], arm.settings
     out.mkdir(parents=True, exist_ok=True)
     plain = {name: [None if math.isnan(x) else x for x in values] for name, values in rho.items()}
-    write(out / "diagnosis.json", json.dumps(found | {"decided": nested, "agent": options.checkpoint or "base", "config": described(s), "spearman": plain,
-                                                      "seconds": time.perf_counter() - started}, indent=1) + "\n")
+    written = found | {"decided": nested, "agent": options.checkpoint or "base", "config": described(s),
+                       "spearman": plain, "seconds": time.perf_counter() - started}
+    write(out / "diagnosis.json", json.dumps(written, indent=1) + "\n")
     drawn = plot(means, variance, rho, out / "diagnosis.png")
     print(f"{found['groups']} groups of {s.rollouts}, {options.checkpoint or 'the agent before training'}, temperature "
           f"{s.temperature}; {found['groups_with_spread']} groups have any spread of returns")

@@ -50,7 +50,7 @@ def facts(env):
 
 
 def check(env, text):
-    """(stated, true): how many sentences of a text are of the kind that `facts` writes, and how many of those hold now."""
+    """(stated, true): how many sentences of a text are of the kind that `facts` writes, and how many of them hold."""
     pattern = getattr(env, "fact_pattern", SOKOBAN if isinstance(env, Sokoban) else re.compile("(?!)"))
     holding, sentences = set(facts(env)), re.split(r"(?<=\.)\s+|[<>]", text)
     stated = [sentence for sentence in sentences if sentence in holding or pattern.fullmatch(sentence)]
@@ -58,7 +58,7 @@ def check(env, text):
 
 
 def accuracy(played, env):
-    """Trajectories, played again on a copy of `env` -> metrics: facts stated a response, and the share that was true."""
+    """Trajectories, played again on a copy of `env` -> metrics: facts stated a response, and the share that is true."""
     stated, true, env = 0, 0, copy.deepcopy(env)
     for row, seed in enumerate(played.seeds.tolist()):
         env.reset(seed=seed)

@@ -16,8 +16,9 @@ class FrozenLake(Env):
     """
 
     actions = ("Left", "Down", "Right", "Up")
-    intro = ("You are walking over a frozen lake to the goal. The ice is slippery: a move may go sideways instead.\nSymbols: P "
-             "player, _ ice, O hole, G goal, X player in hole, √ player on goal.\nFalling into a hole ends the game.")
+    intro = ("You are walking over a frozen lake to the goal. The ice is slippery: a move may go sideways instead.\n"
+             "Symbols: P player, _ ice, O hole, G goal, X player in hole, √ player on goal.\n"
+             "Falling into a hole ends the game.")
     move_facts = ("is the edge", "is a hole", "is the goal")
     fact_pattern = grid_pattern(*move_facts)
 
@@ -72,8 +73,8 @@ class FrozenLake(Env):
         return None if self.failed() else shortest_path(self.player, neighbours, lambda cell: cell == self.goal)
 
     def ceiling(self):
-        """Exact: dynamic programming over (cell, turns left, actions left); a turn's actions are chosen without seeing how
-        the earlier ones of the same turn slipped."""
+        """Exact: dynamic programming over (cell, turns left, actions left); a turn's actions are chosen without seeing
+        how the earlier ones of the same turn slipped."""
         @lru_cache(maxsize=None)
         def value(cell, turns, actions):
             if cell == self.goal:
@@ -81,7 +82,8 @@ class FrozenLake(Env):
             if cell in self.holes or turns == 0 or actions == 0:
                 return 0.0
             n = min(self.actions_per_turn, actions)
-            return max(play(cell, plan, turns, actions) for k in range(1, n + 1) for plan in product(self.actions, repeat=k))
+            plans = (plan for k in range(1, n + 1) for plan in product(self.actions, repeat=k))
+            return max(play(cell, plan, turns, actions) for plan in plans)
 
         def play(cell, plan, turns, actions):
             if not plan or cell == self.goal or cell in self.holes:
@@ -98,7 +100,8 @@ class FrozenLake(Env):
 
     def render(self):
         rows = ["".join(self._symbol((row, column)) for column in range(self.size)) for row in range(self.size)]
-        places = [("start", [self.start]), ("goal", [self.goal]), ("player", [self.player]), ("holes", sorted(self.holes))]
+        places = [("start", [self.start]), ("goal", [self.goal]), ("player", [self.player]),
+                  ("holes", sorted(self.holes))]
         return "\n".join(rows + [f"{name}: {' '.join(f'{row},{column}' for row, column in cells) or 'none'}"
                                  for name, cells in places])
 

@@ -33,8 +33,8 @@ PARTS = {
     "default comparison": (130, "train.py", "--steps 2 --prompts 2 --rollouts 4 --eval-boards 2 --eval-rollouts 2"),
     "loss, V 151936": (50, "-m extras.bench loss --dtype bfloat16 --tokens 16384 --rounds 3",
                        "--tokens 64 --hidden 32 --vocabulary 500 --rounds 1"),
-    "loss, V 128256": (60, "-m extras.bench loss --dtype bfloat16 --tokens 16384 --hidden 4096 --vocabulary 128256 --rounds 3",
-                       "--tokens 64 --hidden 32 --vocabulary 500 --rounds 1"),
+    "loss, V 128256": (60, "-m extras.bench loss --dtype bfloat16 --tokens 16384 --hidden 4096 --vocabulary 128256 "
+                       "--rounds 3", "--tokens 64 --hidden 32 --vocabulary 500 --rounds 1"),
     "rollouts": (55, "-m extras.bench rollout --turns 2 5 9 --rounds 3", "--turns 2 --rounds 1 --batch 4 --tokens 9"),
     "rollouts, SmolLM2's shape": (50, f"-m extras.bench rollout --turns 5 --rounds 1 {SMOLLM2}",
                                   "--turns 2 --rounds 1 --batch 4 --tokens 9 --width 32 --layers 2 --vocabulary 351"),
@@ -63,7 +63,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser("python -m extras.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu", help="directory for logs and gpu.json")
     parser.add_argument("--rehearse", action="store_true", help="every part at toy size")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+                        help=f"of {', '.join(PARTS)}")
     parser.add_argument("--model", help="directory or Hugging Face id for the last part, which is left out without it")
     options = parser.parse_args(arguments)
     model = options.model or (str(AGENTS / "sokoban") if options.rehearse else None)
@@ -88,7 +89,8 @@ def main(arguments=None):
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, 9)
                 code = process.wait()
-        part = {"command": " ".join(command), "seconds": round(time.perf_counter() - started, 1), "limit": limit, "code": code}
+        part = {"command": " ".join(command), "seconds": round(time.perf_counter() - started, 1), "limit": limit,
+                "code": code}
         lines = (options.out / f"{stem}.log").read_text().splitlines()
         part["printed"] = [line for line in lines if line.startswith("|")] or lines[-10:]
         found["parts"][name] = part | ({"arms": of_steps(run)} if command[0] == "train.py" else {})

@@ -20,8 +20,9 @@ LONGEST = 600  # ids: beyond a sliding window, where it is not larger
 
 
 # Put before a template that prints today's date, which would be another when the run goes on tomorrow.
+CODES = [*"aAbBcdejmyYHIMSpFDTUwGVWZx", "-d", "-m", "-j"]  # of strftime
 FROZEN_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
-    f"|replace('%{c}', '{date(2025, 1, 1).strftime('%' + c)}')" for c in [*"aAbBcdejmyYHIMSpFDTUwGVWZx", "-d", "-m", "-j"]
+    f"|replace('%{code}', '{date(2025, 1, 1).strftime('%' + code)}')" for code in CODES
 ) + " }}{% endmacro %}{{ '' }}"  # else a line break that opens the template would be taken for the macro's
 
 
@@ -45,11 +46,11 @@ def load(path, device):
     """What rollout.load_agent promises."""
     try:
         if Path(path).is_absolute() and not Path(path).is_dir():
-            raise ValueError("no such directory (python -m extras.agent ENV --out DIR teaches an agent for --model DIR)")
+            raise ValueError("no such directory (python -m extras.agent ENV --out DIR teaches one for --model DIR)")
         model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa",
                                                             output_loading_info=True)
         if missing := sorted(found["missing_keys"]):
-            raise ValueError(f"{len(missing)} of its weights are missing and would be drawn at random ({missing[0]}, ...)")
+            raise ValueError(f"{len(missing)} of its weights are missing ({missing[0]}, ...): they would be random")
         model, tokenizer = model.to(device), load_tokenizer(path)
         check_agent(model.eval(), tokenizer)
     except Exception as error:  # no such directory, no network, a damaged file: each library raises its own
@@ -75,8 +76,10 @@ def check_agent(model, tokenizer):
     config = model.config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *ropes.values()):  # one for all layers, or one a kind of layer
-        if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic"):  # a longer text changes its batch's rotations
-            config.max_position_embeddings = min(config.max_position_embeddings, rope.get("original_max_position_embeddings", 2**31))
+        if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic"):
+            # Beyond its original context, one long text changes the rotations of its whole batch.
+            original = rope.get("original_max_position_embeddings", 2**31)
+            config.max_position_embeddings = min(config.max_position_embeddings, original)
     try:
         check_numbers(model, tokenizer)
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:  # recurrent states, say
@@ -121,7 +124,8 @@ def check_template(tokenizer):
     if "Begin." not in opening or not longer.removeprefix(opening).lstrip().startswith(said):
         raise unlike
     # Chat.bridge renders a second turn and takes what it finds there for every turn.
-    if after_said.rpartition("Go on.")[1:] != ("Go on.", header) or render([*messages[:2], *messages]).rpartition(said)[2] != after_said:
+    after_second = render([*messages[:2], *messages]).rpartition(said)[2]
+    if after_said.rpartition("Go on.")[1:] != ("Go on.", header) or after_second != after_said:
         raise ValueError("its chat template does not open each response alike, or does not show each observation")
 
 
@@ -138,7 +142,8 @@ def check_numbers(model, tokenizer):
             sampled[row] += zip(range(len(texts[row]), len(texts[row]) + len(ids)), logprobs)
             texts[row] = texts[row] + ids + draw(5 - 3 * row)
     ids = nn.utils.rnn.pad_sequence([torch.tensor(x) for x in texts.values()], batch_first=True).to(model.device)
-    mask = torch.arange(ids.shape[1], device=ids.device) < torch.tensor([[len(x)] for x in texts.values()], device=ids.device)
+    lengths = torch.tensor([len(x) for x in texts.values()], device=ids.device)
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     mask[:, 0] = False
     scored = score(model, ids, mask)
     for row, text in texts.items():

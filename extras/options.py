@@ -43,7 +43,8 @@ def make_credit(text, algo, settings):
         is_credits = key[:1] != "_" and isinstance(getattr(type(credit), key, None), (str, int, float))
         unread = key in ("alpha", "beta", "signal") and type(credit).weights is Credit.weights
         if unread or not is_credits and key not in OWN_SETTINGS:
-            raise ValueError(f"credits: {key!r} in {text!r} is not a setting that {name if unread else 'a credit'} can have for itself")
+            whose = name if unread else "a credit"
+            raise ValueError(f"credits: {key!r} in {text!r} is not a setting that {whose} can have for itself")
         try:
             value = type(getattr(credit if is_credits else settings, key))(value)
         except ValueError:
@@ -114,15 +115,16 @@ class SettingsParser(OneLineParser):
             kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
                 "type": type(f.default[0]) if many and f.default else str if many else type(f.default),
                 "nargs": "+" if many else None, "metavar": f.name.split("_")[-1].upper()}
-            self.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
+            self.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                              help=text.replace("%", "%%"), **kind)
 
     def parse_settings(self, arguments=None, **settings):
         """-> (Settings, the options that are none). settings: values that go before those of the command line."""
         options = self.parse_args(arguments)
         given = {f.name: vars(options).pop(f.name) for f in fields(Settings) if f.name in options}
-        known = {f.name: settings[f.name] for f in fields(Settings) if f.name in settings}  # less an older version's own
+        known = {f.name: settings[f.name] for f in fields(Settings) if f.name in settings}  # less an older version's
         values = known | DEFAULTS.get(given.get("env"), {}) | given
         try:
             return Settings(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}), options
-        except (ValueError, RuntimeError) as error:  # RuntimeError: a device, or no board, that torch or the environment refuses
+        except (ValueError, RuntimeError) as error:  # RuntimeError: torch refuses the device, or no board can be drawn
             self.error(str(error))

@@ -1,7 +1,7 @@
 """What a run's logs say: summary, table and curves; and the tables of results/README.md.
 
     python -m extras.report DIR         # the table of a finished run
-    python -m extras.report --write     # the tables of results/README.md, between `<!-- table: NAME -->` and `<!-- end -->`
+    python -m extras.report --write     # the tables of results/README.md, from `<!-- table: NAME -->` to `<!-- end -->`
 
 A test holds results/README.md to what this makes.
 """
@@ -45,12 +45,13 @@ def commit():
 def described(settings):
     """A run's settings, less its directory, and what it ran on."""
     config = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
-    return config | {"made_with": {"commit": commit(), "python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count(),
-                                   "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}}
+    return config | {"made_with": {
+        "commit": commit(), "python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count(),
+        "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}}
 
 
 def summary(settings, agent, logs):
-    """summary.json: the settings and what they ran on, success of random and of best play, an entry for each arm's log."""
+    """summary.json: the settings and what they ran on, success of random and of best play, an entry for each log."""
     env, seeds = settings.make_env(), settings.evaluation_seeds()
     return {"config": described(settings) | {"agent": agent}, "floor": random_floor(env, seeds),
             "ceiling": mean_ceiling(env, seeds), "arms": [summarise(lines) for lines in logs]}
@@ -72,7 +73,8 @@ def summarise(lines):
 
 def collapse(evaluations):
     """[(step, format-valid rate)] -> the step of the third evaluation in a row under 10 %, or None."""
-    return next((c[0] for a, b, c in zip(evaluations, evaluations[1:], evaluations[2:]) if max(a[1], b[1], c[1]) < 0.1), None)
+    threes = zip(evaluations, evaluations[1:], evaluations[2:])
+    return next((c[0] for a, b, c in threes if max(a[1], b[1], c[1]) < 0.1), None)
 
 
 def random_floor(env, seeds, episodes=16):
@@ -81,14 +83,15 @@ def random_floor(env, seeds, episodes=16):
     for seed in np.repeat(seeds, episodes).tolist():
         _, over = env.reset(seed=seed), False
         while not over:
-            *_, terminated, truncated, info = env.step(response([env.random_action(rng) for _ in range(env.actions_per_turn)]))
+            actions = [env.random_action(rng) for _ in range(env.actions_per_turn)]
+            *_, terminated, truncated, info = env.step(response(actions))
             over = terminated or truncated
         wins += info["success"]
     return wins / (len(seeds) * episodes)
 
 
 def mean_ceiling(env, seeds):
-    """Success rate of the best play within the budgets on the instances of `seeds`; None: the environment has no oracle."""
+    """Success rate of the best play within the budgets on the instances of `seeds`; None: there is no oracle."""
     wins = 0.0
     for seed in tqdm(seeds, desc="the best play", unit="board", leave=False, disable=None, delay=2):
         env.reset(seed=seed)
@@ -122,9 +125,10 @@ def resamples(seeds, boards, draws):
 def paired_gain(arms, rivals, draws=10_000):
     """Mean of final success minus the rivals', with a 95 % interval from a paired bootstrap over seeds and boards.
 
-    Arms and rivals are paired by seed. With few seeds the interval is too narrow: three seeds cannot show how seeds vary.
+    Arms and rivals are paired by seed. With few seeds the interval is too narrow: three cannot show how seeds vary.
     """
-    difference = np.array([np.subtract(a["final_board_success"], b["final_board_success"]) for a, b in zip(arms, rivals)])
+    of_boards = lambda arms: np.array([arm["final_board_success"] for arm in arms])  # [seeds, boards]
+    difference = of_boards(arms) - of_boards(rivals)
     seeds, boards = resamples(*difference.shape, draws)
     again = difference[seeds[:, :, None], boards[:, None]].mean((1, 2))
     return difference.mean(), *np.percentile(again, [2.5, 97.5])
@@ -143,7 +147,8 @@ COLUMNS = {  # head -> (an arm's number, its digits, whether the range over seed
     "step 40": (lambda a: 100 * a["eval_success"][a["eval_steps"].index(40)], 1, False),
     "final": (lambda a: 100 * a["final_success"], 1, True), "peak": (lambda a: 100 * a["peak_success"], 1, True),
     "peak to final": (lambda a: 100 * (a["final_success"] - a["peak_success"]), 1, True),
-    "at generated tokens": (lambda a: 100 * np.interp(a["least"], a["eval_generated_tokens"], a["eval_success"]), 1, True),
+    "at generated tokens": (lambda a: 100 * np.interp(a["least"], a["eval_generated_tokens"], a["eval_success"]),
+                            1, True),
     "generated, thousands": (lambda a: a["eval_generated_tokens"][-1] / 1000, 0, False),
     "updated, thousands": (lambda a: a["updated_tokens"] / 1000, 0, False),
     "minutes on one core": (lambda a: a["seconds"] / 60, 1, False),
@@ -159,13 +164,13 @@ COLUMNS = {  # head -> (an arm's number, its digits, whether the range over seed
 def shown(arms, head, digits=None, width=0):
     """A column's mean over the arms of an algorithm and credit, with the range over seeds."""
     value, usual, ranged = COLUMNS[head]
-    values, number = [value(arm) for arm in arms], lambda x, width=0: f"{x:{width}.{usual if digits is None else digits}f}"
-    ranged = (ranged or width) and len(arms) > 1
+    values, digits = [value(arm) for arm in arms], usual if digits is None else digits
+    number, ranged = lambda x, width=0: f"{x:{width}.{digits}f}", (ranged or width) and len(arms) > 1
     return number(np.mean(values), width) + (f" ({number(min(values))}..{number(max(values))})" if ranged else "")
 
 
 def with_least(groups):
-    """{key: arms}, which now know how many tokens all have generated: credits with other rules generate other amounts."""
+    """{key: arms}, which now know how many tokens all have generated: credits with other rules generate others."""
     least = min(arm["eval_generated_tokens"][-1] for arms in groups.values() for arm in arms)
     return {key: [arm | {"least": least} for arm in arms] for key, arms in groups.items()}, f"{least / 1000:.0f}k"
 
@@ -173,7 +178,8 @@ def with_least(groups):
 def table(summary):
     """The comparison as text: one row an algorithm and credit, means over seeds with their range."""
     groups, c, seeds = by_algo_and_credit(summary), summary["config"], summary["config"]["seeds"]
-    rows, verdicts = [("arm", *(heads := ("before", "final", "peak", "peak to final")), "final, against uniform [95 %]")], []
+    heads, verdicts = ("before", "final", "peak", "peak to final"), []
+    rows = [("arm", *heads, "final, against uniform [95 %]")]
     for (algo, credit), arms in groups.items():
         rivals, gain = groups.get((algo, "uniform"), []) if credit != "uniform" else [], ""
         if rivals:
@@ -184,14 +190,15 @@ def table(summary):
             learnt = all(any(arm.get("updated_tokens", 1) for arm in either) for either in (arms, rivals))
             verdicts.append(f"{algo}: ActFocus ends {won} uniform, ahead in {ahead} seeds" if learnt
                             else f"{algo}: no comparison, an arm made no update")
-    verdicts += [f"{a['algo']} {a['credit']} seed {a['seed']} collapsed by step {a['collapsed_at']}: under 10 % valid responses"
-                 for a in summary["arms"] if a.get("collapsed_at") is not None]
+    verdicts += [f"{a['algo']} {a['credit']} seed {a['seed']} collapsed by step {a['collapsed_at']}: "
+                 "under 10 % valid responses" for a in summary["arms"] if a.get("collapsed_at") is not None]
     if len(seeds) < 3:
-        verdicts.append(f"{len(seeds)} seed{'s prove' if len(seeds) > 1 else ' proves'} nothing: run with --seeds 0 1 2 or more")
+        prove = "s prove" if len(seeds) > 1 else " proves"
+        verdicts.append(f"{len(seeds)} seed{prove} nothing: run with --seeds 0 1 2 or more")
     return "\n".join([
         f"Success in % on {c['eval_boards']} {c['boards']} boards x {c['eval_rollouts']} rollouts at temperature "
-        f"{EVAL_TEMPERATURE}, after {c['steps']} steps; mean (range) over seeds {' '.join(map(str, seeds))}; [95 %]: paired "
-        "bootstrap over seeds and boards", *aligned(rows),
+        f"{EVAL_TEMPERATURE}, after {c['steps']} steps; mean (range) over seeds {' '.join(map(str, seeds))}; [95 %]: "
+        "paired bootstrap over seeds and boards", *aligned(rows),
         f"random actions {100 * summary['floor']:.1f}"
         + ("" if summary["ceiling"] is None else f", best play {100 * summary['ceiling']:.1f}"), *verdicts,
         *(costs(groups) if any("carl" in credit for _, credit in groups) else [])])
@@ -229,7 +236,8 @@ def plot(summary, path):
     figure, axes = plt.subplots(1, len(algos), figsize=(5 * len(algos) + 1.5, 3.6), sharey=True, squeeze=False,
                                 layout="constrained")
     for (algo, credit), arms in by_algo_and_credit(summary).items():
-        curves, steps, axis = np.array([arm["eval_success"] for arm in arms]), arms[0]["eval_steps"], axes[0][algos.index(algo)]
+        curves, steps = np.array([arm["eval_success"] for arm in arms]), arms[0]["eval_steps"]
+        axis = axes[0][algos.index(algo)]
         line, = axis.plot(steps, curves.mean(0), label=credit)
         axis.fill_between(steps, curves.min(0), curves.max(0), alpha=0.2, color=line.get_color())
     for axis, algo in zip(axes[0], algos):
@@ -255,17 +263,18 @@ def conclude(settings, agent, logs, minutes):
     print(f"{minutes:.1f} minutes; written to {out}: metrics.jsonl, summary.json" + (", curves.png" if drawn else ""))
 
 
-# The tables of results/README.md ----------------------------------------------------------------------------------------
+# The tables of results/README.md --------------------------------------------------------------------------------------
 
 
 def rows(*runs, algo=None, credits=None, own="", seeds=range(99), label="", before=False):
-    """(label, name, arms, uniform credit's arms, ActFocus's) of each algorithm and credit of the runs, or of those asked for.
+    """(label, name, arms, uniform credit's arms, ActFocus's) of each algorithm and credit of the runs, or of some.
 
-    own: the settings that these credits have; before: a first row of the agent before training, the same for all arms.
+    own: the settings that these credits have; before: a first row, of the agent before training, the same for all.
     """
     words, groups = {"uniform": "uniform", "actfocus": "ActFocus", "carl": "CARL", "a2tgpo": "A2TGPO"}, {}
     for run in (json.loads((README.parent / run / "summary.json").read_text()) for run in runs):
-        groups |= {key: [arm | {"floor": run["floor"], "ceiling": run["ceiling"]} for arm in arms if arm["seed"] in seeds]
+        bounds = {"floor": run["floor"], "ceiling": run["ceiling"]}
+        groups |= {key: [arm | bounds for arm in arms if arm["seed"] in seeds]
                    for key, arms in by_algo_and_credit(run).items()}
     groups, _ = with_least(groups)
     if before:
@@ -281,13 +290,14 @@ def rows(*runs, algo=None, credits=None, own="", seeds=range(99), label="", befo
 
 PAIR = {"credits": ("uniform", "actfocus")}
 FIRST = PAIR | {"algo": "grpo", "seeds": range(3)}
-TABLES = {  # name -> its rows, if they are not just those of the run of that name; its columns are those whose heads stand there
+TABLES = {  # name -> its rows, if not just those of the run of that name; its columns are those whose heads stand there
     "reasoning": lambda: rows("main", before=True),
     "energy": lambda: rows("main", "energy", algo="grpo"),
     "step-size": lambda: rows("main", "step-size", algo="grpo", seeds=range(3)),
     "rivals-sudoku": lambda: rows("sudoku", "rivals-sudoku", seeds=range(3)),
     "rivals-sokoban": lambda: rows("main", "rivals-sokoban", algo="grpo", seeds=range(3)),
-    "plan": lambda: [*rows("main", **PAIR, algo="grpo", label="the answer (default)"), *rows("plan-think", label="the reasoning")],
+    "plan": lambda: [*rows("main", **PAIR, algo="grpo", label="the answer (default)"),
+                     *rows("plan-think", label="the reasoning")],
     "rates": lambda: rows("rates", "rates-high"),
     "own-rate": lambda: rows("main", "own-rate", algo="grpo"),
     "no-filter": lambda: [*rows("main", **PAIR, algo="grpo", label="a quarter of the groups, 1 update (default)"),
@@ -324,9 +334,8 @@ def diagnosis(kinds):
     """Rows of the correlations that extras.diagnose found for the agent before training."""
     rho = json.loads((README.parent / "diagnosis" / "base.json").read_text())["spearman"]
     for signal in ("energy", "entropy", "nll", "shift"):
-        found = [rho[f"{signal}, {kind}"] for kind in kinds]
-        yield "before training", signal, *("constant" if r is None or np.isnan(r) else f"{r:+.2f} [{low:+.2f}..{high:+.2f}]"
-                                           for r, low, high in found)
+        shown = lambda r, low, high: "constant" if r is None else f"{r:+.2f} [{low:+.2f}..{high:+.2f}]"
+        yield "before training", signal, *(shown(*rho[f"{signal}, {kind}"]) for kind in kinds)
 
 
 def filled(text):
@@ -354,7 +363,7 @@ def main():
     options = parser.parse_args()
     if options.directory:
         if not (path := options.directory / "summary.json").exists():
-            parser.error(f"{path} is not there: a run writes it when all of its arms are done (metrics.jsonl grows from the start)")
+            parser.error(f"{path} is not there: a run writes it when all its arms are done (metrics.jsonl before)")
         print(table(json.loads(path.read_text())))
     elif options.write:
         README.write_text(filled(README.read_text()))

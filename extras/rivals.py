@@ -8,7 +8,7 @@ children; only responses at forked states are trained.
 A2TGPO (arXiv 2605.06200) credits turns with what they add to the belief in the right answer: gain_k = b_k - b_(k-1), b
 the mean log-prob of the gold answer, forced after each turn. A_k = A_outcome + 0.3 * sum_(j >= k) z(gain_j) /
 sqrt(number of terms), without the sum in the last turn, z within (board, turn); the ratio is the turn's geometric mean,
-and its clip range widens with the gain. It needs an environment with a gold answer (a method `gold`): Sudoku or the shop.
+and its clip range widens with the gain. It needs an environment with a gold answer, `gold()`: Sudoku or the shop.
 
     python train.py --algos grpo --credits uniform actfocus carl carl+actfocus
     python train.py --algos grpo --env sudoku --minibatch 16 --credits uniform a2tgpo a2tgpo:turn_clip=common
@@ -51,7 +51,7 @@ class Branch(Transcript):
         return super().respond(ids, logprobs)
 
     def fork(self):
-        """The episode as it stands, to be continued: what was sampled so far is context to it, no response of its own."""
+        """The episode as it stands, to be continued: what was sampled so far is context to it, no response of its."""
         other = copy.copy(self)
         other.ids, other.logprobs, other.rewards = list(self.ids), list(self.logprobs), list(self.rewards)
         other.turn_ids, other.env, other.valid = [-1] * len(self.ids), copy.deepcopy(self.env), []
@@ -244,9 +244,9 @@ def beliefs(model, tokenizer, trajectories, micro_batch=16):
     queue = sorted(wanted, key=lambda pair: len(pair[0]) + len(pair[1]))
     for start in range(0, len(queue), micro_batch):
         part = queue[start:start + micro_batch]
-        ids, gold = (nn.utils.rnn.pad_sequence([torch.tensor(value) for value in values], batch_first=True) for values in (
-            [context + answer for context, answer in part],
-            [[False] * len(context) + [True] * len(answer) for context, answer in part]))
+        padded = lambda rows: nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        ids = padded([context + answer for context, answer in part])
+        gold = padded([[False] * len(context) + [True] * len(answer) for context, answer in part])
         logprobs = score(model, ids.to(model.device), gold.to(model.device)).logprobs.cpu()
         wanted.update(zip(part, (logprobs.sum(1) / gold.sum(1)).tolist()))
     out = torch.zeros(len(trajectories), max(map(len, trajectories.notes), default=0))
@@ -282,7 +282,7 @@ def turn_gain_advantages(gain, turn_mask, returns, group, *, gamma=1.0, scale=0.
                 values = gain[peers, k].double()
                 spread = group_spread(values[None], correction=0)
                 normalised[peers, k] = (values - values.mean()) / (spread + 1e-6) if spread > 0 else 0.0
-    total, count = torch.zeros_like(outcome, dtype=torch.float64), torch.zeros_like(outcome)  # [B]: of the turns after k
+    total, count = torch.zeros_like(outcome, dtype=torch.float64), torch.zeros_like(outcome)  # [B]: of turns after k
     ahead = torch.zeros_like(normalised)
     for k in reversed(range(gain.shape[1])):
         here = turn_mask[:, k]

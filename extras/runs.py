@@ -97,7 +97,8 @@ class ArmFiles:
             arm.rng.bit_generator.state = json.loads(saved["rng"])
             arm.generator.set_state(saved["generator"].cpu())
             torch.set_rng_state(saved["torch_rng"].cpu())
-        write(self.log, "".join(json.dumps(line) + "\n" for line in lines[:done]))  # a kill may have come between the two
+        # A kill may have come between the two.
+        write(self.log, "".join(json.dumps(line) + "\n" for line in lines[:done]))
         return done
 
     def record(self, line, arm, checkpoint):
@@ -139,18 +140,19 @@ def saving_memory(arm, method):
 
 
 def warn_of_slow_boards(settings, seconds=0.25):
-    """Some options have boards that take long to find: say so, with what that comes to, instead of nothing for minutes."""
+    """Some options have boards that take long to find: say so, and what it comes to, instead of nothing for minutes."""
     env, started = settings.make_env(), time.perf_counter()
     for seed in settings.evaluation_seeds()[:2]:
         env.reset(seed=seed)
     taken = (time.perf_counter() - started) / len(settings.evaluation_seeds()[:2])
     if taken > seconds:
-        print(f"train.py: a board takes about {taken:.1f} s to draw with these options: {taken * settings.eval_boards / 60:.1f} minutes "
-              f"before each arm's first step, {taken * settings.prompts:.0f} s and more in every step", file=sys.stderr)
+        print(f"train.py: a board takes about {taken:.1f} s to draw with these options: "
+              f"{taken * settings.eval_boards / 60:.1f} minutes before each arm's first step, "
+              f"{taken * settings.prompts:.0f} s and more in every step", file=sys.stderr)
 
 
 def begin(settings, resume):
-    """Make the output directory, or check that the run in it can go on -> (the model's fingerprint, a lock, to be held).
+    """Make the output directory, or check that its run can go on -> (the model's fingerprint, a lock, to be held).
 
     With --teach, its agent/ is then the taught model, made once.
     """
@@ -176,8 +178,9 @@ def begin(settings, resume):
     now, default = plain(settings) | {"agent": agent}, plain(type(settings)())
     if resume and (out / "settings.json").exists():
         before = default | json.loads((out / "settings.json").read_text())  # an older version may not know all of them
-        more = lambda name: name in ("seeds", "algos", "credits") and set(before[name]) <= set(now[name])  # arms do not meet
-        changed = [name for name in now if name not in ("out", "jobs") and now[name] != before.get(name) and not more(name)]
+        # Arms do not meet, so there may be more of them.
+        grown = [name for name in ("seeds", "algos", "credits") if set(before[name]) <= set(now[name])]
+        changed = [name for name in now if name not in ("out", "jobs", *grown) and now[name] != before.get(name)]
         if changed:
             named = (f"{name} ({before.get(name)}, now {now[name]})" for name in changed)
             raise ValueError(f"resume: {out} was begun with another {', '.join(named)}")
@@ -211,7 +214,7 @@ def on_signal(number, _):
     received.append(number)
     os.write(2, b"\ninterrupted: stopping after this step, in 8 seconds at the latest (a second signal: at once); the "
              b"same command with --resume goes on\n")
-    timer = threading.Timer(8, os._exit, (128 + number,))  # checkpoints are whole at any moment, and workers end with us
+    timer = threading.Timer(8, os._exit, (128 + number,))  # checkpoints are whole at any moment; workers end with us
     timer.daemon = True
     timer.start()
 
@@ -261,12 +264,13 @@ def run_arms(train_arm, settings, arms, report):
 
 
 def hint(line, idle, settings):
-    """What a user should know at once about a line of the log, or None. idle: {arm: steps in a row without an update}."""
+    """What a user should know at once about a line of the log, or None. idle: {arm: steps in a row without update}."""
     arm = f"{line['algo']} {line['credit']} seed {line['seed']}"
     if line["step"] == 0 and line["eval_format_valid"] == 0:
-        return ("not one response has the form <think>...</think><answer>...</answer> with a known action, so all returns are "
-                "alike and nothing can be learnt. " + ("The built-in agent knows no other boards than those of its env.json, "
-                "which --env-options replace as a whole" if settings.model == "tiny" else "--teach 32 teaches a model the format first"))
+        why = ("The built-in agent knows no other boards than those of its env.json, which --env-options replace as a "
+               "whole" if settings.model == "tiny" else "--teach 32 teaches a model the format first")
+        return ("not one response has the form <think>...</think><answer>...</answer> with a known action, so all "
+                f"returns are alike and nothing can be learnt. {why}")
     idle[arm] = 0 if line.get("updates", 1) else idle[arm] + 1
     if idle[arm] == 3:
         return f"{arm}: three steps without an update: in none did a group's rollouts differ in their return"

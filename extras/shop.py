@@ -13,7 +13,8 @@ from env import Env, check_integers
 
 # department -> categories; a shop sells every category in variants that differ in attributes, options and price
 DEPARTMENTS = {"clothing": ("shirt", "jacket", "dress", "socks"), "kitchen": ("mug", "pan", "kettle", "knife"),
-               "furniture": ("chair", "table", "lamp", "shelf"), "electronics": ("headphones", "speaker", "charger", "camera")}
+               "furniture": ("chair", "table", "lamp", "shelf"),
+               "electronics": ("headphones", "speaker", "charger", "camera")}
 ATTRIBUTES = {"clothing": ("cotton", "warm", "washable", "light", "striped", "stretchy"),
               "kitchen": ("steel", "ceramic", "insulated", "foldable", "enamel", "heavy"),
               "furniture": ("wooden", "metal", "compact", "padded", "modern", "rustic"),
@@ -55,7 +56,8 @@ def catalogue(seed, size):
 
 @lru_cache(maxsize=8)
 def _word_counts(seed, size):
-    documents = [Counter(re.findall(r"[a-z0-9]+", f"{p.title} {p.category} {p.department}")) for p in catalogue(seed, size)]
+    texts = (f"{p.title} {p.category} {p.department}" for p in catalogue(seed, size))
+    documents = [Counter(re.findall(r"[a-z0-9]+", text)) for text in texts]
     return documents, Counter(word for document in documents for word in document)
 
 
@@ -84,19 +86,20 @@ class Shop(Env):
     """
 
     actions = ("search[words]", "click[thing]")
-    intro = ("You are shopping: find a product that fits the instruction, choose its options and buy it.\nSearch for words, "
-             "click on what is listed in square brackets. The purchase ends the game.")
+    intro = ("You are shopping: find a product that fits the instruction, choose its options and buy it.\n"
+             "Search for words, click on what is listed in square brackets. The purchase ends the game.")
     fact_pattern = re.compile(r"B\d+ (?:fits|is too expensive|lacks [a-z]+|is no [a-z]+)\.|You want [a-z]+\.")
 
-    def __init__(self, *, products=300, page=5, catalogue_seed=0, max_turns=9, actions_per_turn=1, max_actions=9, **budgets):
+    def __init__(self, *, products=300, page=5, catalogue_seed=0, max_turns=9, actions_per_turn=1, max_actions=9,
+                 **budgets):
         super().__init__(max_turns=max_turns, actions_per_turn=actions_per_turn, max_actions=max_actions, **budgets)
         check_integers(1, products=products, page=page)
         check_integers(0, catalogue_seed=catalogue_seed)
         if actions_per_turn != 1:
             raise ValueError("actions_per_turn must be 1: what can be clicked depends on the click before")
         if min(self.max_turns, self.max_actions) < 3 + len(OPTIONS):
-            raise ValueError(f"max_turns and max_actions must be at least {3 + len(OPTIONS)}: search, product, {len(OPTIONS)} "
-                             "options, buy now")
+            raise ValueError(f"max_turns and max_actions must be at least {3 + len(OPTIONS)}: search, product, "
+                             f"{len(OPTIONS)} options, buy now")
         self.products, self.page, self.catalogue_seed = catalogue(catalogue_seed, products), page, catalogue_seed
 
     def instance(self):
@@ -155,9 +158,11 @@ class Shop(Env):
             self.bought = self.product
             return self.score(self.product, self.chosen)
         elif self.product is None:
-            self.product, self.chosen = next(self.products[i] for i in self._shown() if self.products[i].name == thing), {}
+            shown = [self.products[i] for i in self._shown()]
+            self.product, self.chosen = next(product for product in shown if product.name == thing), {}
         else:
-            self.chosen = self.chosen | {name: thing for name, values in self.product.options.items() if thing in values}
+            self.chosen = self.chosen | {name: thing for name, values in self.product.options.items()
+                                         if thing in values}
         return 0.0
 
     def score(self, product, chosen):
@@ -189,7 +194,7 @@ class Shop(Env):
         return " ".join((*self.wanted, self.target.category))
 
     def oracle(self):
-        """The shortest way to a score of 1 that searches for nothing but the instruction's own words; None if there is none."""
+        """The shortest way to a score of 1 that searches for nothing but the instruction's own words, or None."""
         if self.bought is not None:
             return [] if self.solved() else None
         choose = lambda chosen: [f"click[{v}]" for name, v in self.wanted_options.items() if chosen.get(name) != v]

@@ -2,7 +2,7 @@
 
     python -m extras.show                                                         # the built-in agent
     python -m extras.show --checkpoint runs/latest/arms/grpo-actfocus-0.pt        # after training
-    python -m extras.show --html episode.html       # one file: point at a token, or go with the arrow keys, for its numbers
+    python -m extras.show --html episode.html      # one file: point at a token, or use the arrow keys, for its numbers
 
 A group of G episodes is played on one board, `--seed`; shown is the one with the largest advantage.
 """
@@ -26,8 +26,10 @@ from extras.options import SettingsParser, make_credit
 from extras.runs import load_checkpoint
 from train import EVALUATION_SEED, Arm
 
-Token = namedtuple("Token", "text weight is_action energy z logprob reference")  # log-probs: the policy's, the frozen reference's
+# logprob: the policy's; reference: the frozen reference's
+Token = namedtuple("Token", "text weight is_action energy z logprob reference")
 SHADES = (229, 222, 215, 208, 202, 196)  # of the terminal's 256 colours, pale to red
+CHECKPOINT = "an arm's, DIR/arms/*.pt, with its settings (default: the agent before training)"
 
 
 def saved_settings(checkpoint):
@@ -38,7 +40,7 @@ def saved_settings(checkpoint):
 
 
 def credit_of(checkpoint, settings):
-    """What the arm of a checkpoint was trained with, where it weighs as ActFocus and plays plain groups; else ActFocus."""
+    """What a checkpoint's arm was trained with, where it weighs as ActFocus and plays plain groups; else ActFocus."""
     log = Path(checkpoint).with_suffix(".jsonl")
     own = json.loads(log.read_text().partition("\n")[0])["credit"] if log.exists() else "actfocus"
     kind = type(make_credit(own, "grpo", settings))
@@ -81,7 +83,8 @@ def turns(arm, batch, row):
     ranked = batch.signal[batch.action_mask]
     ranked = ranked if len(ranked) else torch.zeros(1)
     z = (batch.signal - ranked.mean()) / (ranked.var(correction=0) + 1e-6).sqrt()  # as token_weights has it
-    columns = [x[row].tolist() for x in (batch.weights, batch.action_mask, batch.energy, z, batch.old_logprobs, batch.ref_logprobs)]
+    columns = (batch.weights, batch.action_mask, batch.energy, z, batch.old_logprobs, batch.ref_logprobs)
+    columns = [x[row].tolist() for x in columns]
     for turn in range(int(batch.turns[row])):
         where = (batch.turn_ids[row] == turn).nonzero()[:, 0]
         tokens = [Token(decode([int(batch.ids[row, t])]), *(x[t] for x in columns)) for t in where]
@@ -91,7 +94,7 @@ def turns(arm, batch, row):
 
 
 def shaded(text, weight, is_action, beta, colour):
-    """(what can be seen of a token, what is printed): reasoning dim, action tokens the redder the more they weigh, or marked."""
+    """(what is seen of a token, what is printed): reasoning dim, actions the redder the more they weigh, or marked."""
     text = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
     if is_action and not colour:
         text = f"{' ' * text[:1].isspace()}[{text.strip()} {weight:.2f}]"
@@ -109,7 +112,8 @@ def beside(board, tokens, width):
     below = width - left < 20
     room, lines, length = width if below else width - left, [""], 0
     for seen, printed in tokens:
-        if length and length + len(seen) > room and (seen[:1].isspace() or length + len(seen) > room + 1):  # a full stop may
+        over = length + len(seen) - room
+        if length and (over > 1 or over == 1 and seen[:1].isspace()):  # a full stop may stand out by one
             lines, length = [*lines, ""], 0
             if seen[:1].isspace():
                 seen, printed = seen[1:], printed.replace(seen[0], "", 1)
@@ -123,25 +127,32 @@ def beside(board, tokens, width):
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>
-body {{ font: 14px/1.6 ui-monospace, Menlo, Consolas, monospace; color: #1f2328; max-width: 62rem; margin: 1rem auto 5rem; padding: 0 1rem }}
-h1 {{ font-size: 1rem }} section {{ display: flex; flex-wrap: wrap; gap: 0 2rem; border-top: 1px solid #d0d7de; padding: .5rem 0 }}
-pre {{ margin: .2rem 0; font: inherit; line-height: 1.25 }} section p {{ flex: 1 1 20rem; margin: .2rem 0; white-space: pre-wrap }}
-.note {{ color: #57606a; font-style: italic; flex-basis: 100% }} [data-t] {{ color: #6e7781 }} .act {{ color: #1f2328; border-radius: 2px }}
+body {{ font: 14px/1.6 ui-monospace, Menlo, Consolas, monospace; color: #1f2328;
+  max-width: 62rem; margin: 1rem auto 5rem; padding: 0 1rem }}
+h1 {{ font-size: 1rem }}
+section {{ display: flex; flex-wrap: wrap; gap: 0 2rem; border-top: 1px solid #d0d7de; padding: .5rem 0 }}
+section p {{ flex: 1 1 20rem; margin: .2rem 0; white-space: pre-wrap }}
+pre {{ margin: .2rem 0; font: inherit; line-height: 1.25 }}
+.note {{ color: #57606a; font-style: italic; flex-basis: 100% }}
+[data-t] {{ color: #6e7781 }} .act {{ color: #1f2328; border-radius: 2px }}
 [data-t]:hover, [data-t]:focus {{ outline: 2px solid #0969da }}
-[data-t]:hover::after, [data-t]:focus::after {{ content: attr(data-t); position: fixed; left: 0; right: 0; bottom: 0; padding: .6rem 1rem;
-  background: #1f2328; color: #fff; white-space: pre-wrap; font-style: normal }}
-table {{ border-spacing: 0 .2rem; width: 100% }} td {{ padding: 0 .6rem 0 0; white-space: nowrap }} td:last-child {{ width: 60% }}
-meter {{ width: 100%; height: 1.6rem }} ::-webkit-meter-optimum-value {{ background: #ff7a4d }} ::-moz-meter-bar {{ background: #ff7a4d }}
+[data-t]:hover::after, [data-t]:focus::after {{ content: attr(data-t); position: fixed; left: 0; right: 0; bottom: 0;
+  padding: .6rem 1rem; background: #1f2328; color: #fff; white-space: pre-wrap; font-style: normal }}
+table {{ border-spacing: 0 .2rem; width: 100% }}
+td {{ padding: 0 .6rem 0 0; white-space: nowrap }} td:last-child {{ width: 60% }}
+meter {{ width: 100%; height: 1.6rem }}
+::-webkit-meter-optimum-value {{ background: #ff7a4d }} ::-moz-meter-bar {{ background: #ff7a4d }}
 </style>
 <h1>{title}</h1>
-<p>Reasoning and tags weigh {alpha:g}; action tokens 1 to {high:g}, the redder the more. Point at a token for its numbers, or press Tab
-and then the arrow keys.</p>
+<p>Reasoning and tags weigh {alpha:g}; action tokens 1 to {high:g}, the redder the more. Point at a token for its
+numbers, or press Tab and then the arrow keys.</p>
 <table><tr><td colspan="3">The action tokens' share in the group's {episodes} episodes</td></tr>
 {bars}</table>
 {sections}
 <script>
 addEventListener("keydown", e => {{
-  const all = [...document.querySelectorAll("[data-t]")], step = {{ArrowRight: 1, ArrowLeft: -1}}[e.key], at = all.indexOf(document.activeElement)
+  const all = [...document.querySelectorAll("[data-t]")], at = all.indexOf(document.activeElement)
+  const step = {{ArrowRight: 1, ArrowLeft: -1}}[e.key]
   if (step && at >= 0) {{ all[Math.min(Math.max(at + step, 0), all.length - 1)].focus(); e.preventDefault() }}
 }})
 </script>
@@ -171,24 +182,25 @@ def page(shown, last, title, settings, shares):
     for number, (board, tokens, reward) in enumerate(shown, 1):
         spans = []
         for token in tokens:
-            numbers = (f"{token.text.strip() or repr(token.text)[1:-1]}: energy {token.energy:.3f}, z {token.z:+.2f}, weight {token.weight:.3f}, "
-                       f"log-prob {token.logprob:.3f}, reference's {token.reference:.3f}")
+            numbers = (f"{token.text.strip() or repr(token.text)[1:-1]}: energy {token.energy:.3f}, z {token.z:+.2f}, "
+                       f"weight {token.weight:.3f}, log-prob {token.logprob:.3f}, reference's {token.reference:.3f}")
             share = min(max((token.weight - 1) / s.beta, 0), 1) if s.beta else 1
-            shade = f' class="act" style="background: rgb(255,{224 - 144 * share:.0f},{186 - 142 * share:.0f})"' if token.is_action else ""
+            colour = f"rgb(255,{224 - 144 * share:.0f},{186 - 142 * share:.0f})"
+            shade = f' class="act" style="background: {colour}"' if token.is_action else ""
             spans.append(f'<span tabindex="0" data-t="{html.escape(numbers)}"{shade}>{html.escape(token.text)}</span>')
         sections.append(f"<section><pre>turn {number}\n{html.escape(chr(10).join(board))}</pre><p>{''.join(spans)}</p>"
                         f'<p class="note">reward {reward:+.1f}</p></section>')
     sections.append(f"<section><pre>{html.escape(chr(10).join(last))}</pre><p class=\"note\">return "
                     f"{sum(reward for *_, reward in shown):+.1f}</p></section>")
-    bars = "".join(f'<tr><td>{name}</td><td>{100 * x:.0f} %</td><td><meter value="{x:.4f}">{100 * x:.0f} %</meter></td></tr>\n'
-                   for name, x in shares)
+    bars = "".join(f'<tr><td>{name}</td><td>{100 * x:.0f} %</td>'
+                   f'<td><meter value="{x:.4f}">{100 * x:.0f} %</meter></td></tr>\n' for name, x in shares)
     return PAGE.format(title=html.escape(title), alpha=s.alpha, high=1 + s.beta, episodes=s.rollouts, bars=bars,
                        sections="\n".join(sections))
 
 
 def main(arguments=None):
     parser = SettingsParser("python -m extras.show", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", help="an arm's, DIR/arms/*.pt, with its settings (default: the agent before training)")
+    parser.add_argument("--checkpoint", help=CHECKPOINT)
     parser.add_argument("--seed", type=int, help="the board (default: the first that training draws)")
     parser.add_argument("--html", type=Path, help="write a page instead of printing")
     arm, options = agent_at(parser, parser.parse_args(arguments).checkpoint, arguments)
@@ -199,7 +211,8 @@ def main(arguments=None):
         parser.error(f"seed: {seed} is not in [0, {2**63 - 1}]")
     batch, row, advantages = best_of_group(arm, seed)
     shown, last = turns(arm, batch, row)
-    title = f"{s.env}, board of seed {seed}, {options.checkpoint or 'the agent before training'}: the best of {s.rollouts} episodes"
+    title = (f"{s.env}, board of seed {seed}, {options.checkpoint or 'the agent before training'}: the best of "
+             f"{s.rollouts} episodes")
     if options.html:
         try:
             options.html.write_text(page(shown, last, title, s, action_shares(arm, batch)), encoding="utf-8")
@@ -216,14 +229,15 @@ def main(arguments=None):
         if line.startswith("Symbols:"):
             say(line)
     if not batch.valid.any():
-        say("Not one response of the group has the format: nothing can be learnt from it (train.py --teach 32 mends that).")
+        say("Not one response of the group has the format: nothing is learnt from it (train.py --teach 32 mends that).")
     for number, (board, tokens, reward) in enumerate(shown, 1):
         print(f"\nturn {number}")
         print("\n".join(beside(board, [shaded(*token[:3], s.beta, colour) for token in tokens], width)))
         print(f"reward {reward:+.1f}")
     print("\n" + "\n".join(last))
+    returns = " ".join(f"{value:.1f}" for value in batch.returns.tolist())
     say(f"return {float(batch.returns[row]):+.1f}, advantage {float(advantages[row]):+.2f} (the group's returns: "
-        f"{' '.join(f'{value:.1f}' for value in batch.returns.tolist())}), " + ("solved" if batch.success[row] else "not solved"))
+        f"{returns}), {'solved' if batch.success[row] else 'not solved'}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m extras.study        # prints the table and Spearman's rho, draws results/decided/verdict.png
 
 For each setting of agent and environment: results/decided/NAME.json, what `extras.diagnose` found before training, and
-the summary.json of runs of uniform credit and of ActFocus at several alphas under GRPO. results/README.md has the commands.
+the summary.json of runs of uniform credit and of ActFocus at several alphas under GRPO (commands: results/README.md).
 """
 
 import json
@@ -32,9 +32,8 @@ Point = namedtuple("Point", "label decided rho facts arms rivals finals")
 
 
 def points():
-    """A Point for each setting; facts: share of those stated before training that is true; finals: success at ALPHAS.
-
-    finals are means over seeds 0 to 2, which all runs have.
+    """A Point for each setting; facts: share of those stated before training that is true; finals: success at ALPHAS,
+    means over seeds 0 to 2.
     """
     read, made = lambda name: json.loads((README.parent / name).read_text()), []
     for name, (label, *runs) in SETTINGS.items():
@@ -42,8 +41,8 @@ def points():
         for run in runs:
             groups |= by_algo_and_credit(read(f"{run}/summary.json"))
         arms, rivals = groups["grpo", "actfocus"], groups["grpo", "uniform"]
-        finals = [np.mean([arm["final_success"] for arm in groups["grpo", credit][:3]]) if ("grpo", credit) in groups else None
-                  for credit in ALPHAS]
+        first = [groups.get(("grpo", credit), [])[:3] for credit in ALPHAS]  # the seeds that all runs have
+        finals = [np.mean([arm["final_success"] for arm in arms]) if arms else None for arms in first]
         made.append(Point(label, diagnosis["decided"]["all turns"], diagnosis["spearman"]["energy, action tokens"],
                           arms[0]["eval"]["fact_accuracy"][0], arms, rivals, finals))
     return made
@@ -53,8 +52,9 @@ def table():
     """Cells of the table in results/README.md."""
     number = lambda x: "-" if x is None else f"{x:.2f}"
     for p in points():
-        yield (p.label, f"{number(p.decided['share'])} [{'..'.join(map(number, p.decided['interval']))}]", f"{100 * p.facts:.0f}",
-               f"{number(p.rho[0])} [{'..'.join(map(number, p.rho[1:]))}]", ", ".join(gained(p.arms, p.rivals)[1:]),
+        between = lambda x, interval: f"{number(x)} [{'..'.join(map(number, interval))}]"
+        yield (p.label, between(p.decided["share"], p.decided["interval"]), f"{100 * p.facts:.0f}",
+               between(p.rho[0], p.rho[1:]), ", ".join(gained(p.arms, p.rivals)[1:]),
                " / ".join("-" if x is None else f"{100 * x:.0f}" for x in p.finals))
 
 
@@ -72,10 +72,12 @@ def plot(path):
     axis.axhline(0, color="grey", linewidth=1)
     axis.axvline(0.5, color="grey", linewidth=1, linestyle=":")
     for p in points():
-        (gain, low, high), (left, right), x = 100 * np.array(paired_gain(p.arms, p.rivals)), p.decided["interval"], p.decided["share"]
-        axis.errorbar(x, gain, [[gain - low], [high - gain]], [[max(x - left, 0)], [max(right - x, 0)]], fmt="o", capsize=2,
-                      label=p.label, markerfacecolor=None if p.facts > 0.9 else "white")
-    axis.set(xlabel="share of the return's variance decided in the answer\n(open: less than 90 % of the stated facts are true)",
+        (gain, low, high), (left, right) = 100 * np.array(paired_gain(p.arms, p.rivals)), p.decided["interval"]
+        x = p.decided["share"]
+        axis.errorbar(x, gain, [[gain - low], [high - gain]], [[max(x - left, 0)], [max(right - x, 0)]], fmt="o",
+                      capsize=2, label=p.label, markerfacecolor=None if p.facts > 0.9 else "white")
+    axis.set(xlabel="share of the return's variance decided in the answer\n(open: less than 90 % of the stated facts "
+                    "are true)",
              ylabel="gain of ActFocus over uniform credit, points")
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)

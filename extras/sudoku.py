@@ -1,4 +1,4 @@
-"""4x4 Sudoku with exactly one solution, with the paper's symbols, budgets and rewards (arXiv 2605.14558, after RAGEN)."""
+"""4x4 Sudoku with exactly one solution; symbols, budgets and rewards of the paper (arXiv 2605.14558, after RAGEN)."""
 
 import re
 from functools import lru_cache
@@ -37,14 +37,15 @@ class Sudoku(Env):
     """
 
     actions = tuple(f"place {n} at row {r} col {c}" for n, r, c in product(range(1, 5), repeat=3))
-    intro = ("You are solving a 4x4 Sudoku: every row, every column and every 2x2 box holds 1, 2, 3 and 4.\nSymbols: [n] "
-             "given, n placed by you, *n* placed and in conflict, . empty. Given numbers cannot be changed.")
+    intro = ("You are solving a 4x4 Sudoku: every row, every column and every 2x2 box holds 1, 2, 3 and 4.\n"
+             "Symbols: [n] given, n placed by you, *n* placed and in conflict, . empty. Given numbers cannot be "
+             "changed.")
     action_help = "place N at row R col C, or short R,C,N, all from 1 to 4"
     fact_pattern = re.compile(r"Row [1-4] col [1-4] can be (?:nothing|[1-4](?: [1-4])*)\.")
     blanks = {"easy": 6, "medium": 8, "hard": 9}
 
-    def __init__(self, *, difficulty="easy", hint=False, observation="grid", max_turns=8, actions_per_turn=2, max_actions=16,
-                 **budgets):
+    def __init__(self, *, difficulty="easy", hint=False, observation="grid", max_turns=8, actions_per_turn=2,
+                 max_actions=16, **budgets):
         super().__init__(max_turns=max_turns, actions_per_turn=actions_per_turn, max_actions=max_actions, **budgets)
         if difficulty not in self.blanks:
             raise ValueError(f"difficulty must be one of {', '.join(self.blanks)}, got {difficulty!r}")
@@ -97,7 +98,7 @@ class Sudoku(Env):
         return [value for value in (1, 2, 3, 4) if all(self.grid[i] != value for i in SUDOKU_PEERS[cell])]
 
     def oracle(self):
-        """The right number for every cell that has another or none: cells that the rules decide now before the others."""
+        """The right number for every cell that has another or none: first the cells that the rules decide now."""
         trial, plan = list(self.grid), []
         while wrong := [cell for cell in range(16) if trial[cell] != self.solution[cell]]:
             decided = lambda cell: len({trial[i] for i in SUDOKU_PEERS[cell]} - {0}) == 3
@@ -112,7 +113,8 @@ class Sudoku(Env):
 
     def _possible(self):
         """For every empty cell, what the rules allow there."""
-        return [f"row {cell // 4 + 1} col {cell % 4 + 1} can be {' '.join(map(str, self.candidates(cell))) or 'nothing'}"
+        allowed = lambda cell: " ".join(map(str, self.candidates(cell))) or "nothing"
+        return [f"row {cell // 4 + 1} col {cell % 4 + 1} can be {allowed(cell)}"
                 for cell in range(16) if not self.grid[cell]]
 
     def render(self):
@@ -122,7 +124,8 @@ class Sudoku(Env):
                 return "."
             return f"[{value}]" if cell in self.given else f"*{value}*" if self._conflict(cell) else str(value)
         if self.observation == "units":
-            lines = [f"{unit}: {' '.join(str(self.grid[i] or '.') for i in cells)}" for unit, cells in SUDOKU_UNITS.items()]
+            lines = [f"{unit}: {' '.join(str(self.grid[i] or '.') for i in cells)}"
+                     for unit, cells in SUDOKU_UNITS.items()]
         else:
             lines = [" ".join(symbol(cell) for cell in SUDOKU_UNITS[f"Row {r + 1}"]) for r in range(4)]
         return "\n".join(lines + self._possible() * self.hint)

@@ -1,19 +1,17 @@
 """ActFocus in Hugging Face TRL: a GRPOTrainer whose advantages are weighted, and this project's environments for it.
 
     from extras.trl_trainer import ActFocusTrainer          # or copy this file (and actfocus.py) into your project
-    trainer = ActFocusTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward_funcs=..., train_dataset=..., args=GRPOConfig(...))
+    trainer = ActFocusTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward_funcs=..., train_dataset=..., args=...)
 
-w min(rho A, clip(rho) A) = min(rho (w A), clip(rho) (w A)) for w >= 0: a token's weight may stand in its advantage. So all of
-TRL's settings keep their meaning, and (alpha, beta) = (1, 0) is GRPOTrainer bit for bit (where epsilon_high is set: else it
-is 0.28 here, the paper's, and epsilon in TRL). `weighting` has ActFocus's beta; GRPOConfig's is the KL penalty's. Weights have
-mean 1 over all that is generated together, on all processes; under TRL's default loss_type="dapo" that is the paper's division by
-their sum. KL penalty and entropy bonus stay unweighted.
+w min(rho A, clip(rho) A) = min(rho (w A), clip(rho) (w A)) for w >= 0: a token's weight may stand in its advantage. So
+all of TRL's settings keep their meaning, and (alpha, beta) = (1, 0) is GRPOTrainer bit for bit (where epsilon_high is
+set: else it is 0.28, the paper's). `weighting` has ActFocus's beta; GRPOConfig's is the KL penalty's. Weights have mean
+1 over all that is generated together; under TRL's default loss_type="dapo" that is the paper's division by their sum.
 
-Several turns, environments and tools: a response is a run of tokens that TRL does not mask (`tool_mask`, or `env_mask` of a
-rollout_func). With tool calls (`tools`, `environment_factory`), pattern="(?s)<tool_call>(.*?)</tool_call>" finds the actions.
-Tried with TRL 1.16.0 on a CPU, one and two processes. Images are refused. On several GPUs only the launcher changes, none of
-which was run: `accelerate launch --multi_gpu --num_processes 8 trl_run.py`, for DeepSpeed `--use_deepspeed --zero_stage 3`, for
-FSDP `--use_fsdp --fsdp_version 2` (without `playing`); nor was vLLM.
+A response is a run of tokens that TRL does not mask (`tool_mask`, or `env_mask` of a rollout_func). With tool calls,
+pattern="(?s)<tool_call>(.*?)</tool_call>" finds the actions. Images are refused. Tried with TRL 1.16.0 on a CPU, one
+and two processes. On several GPUs only the launcher changes; none was run, nor was vLLM: `accelerate launch --multi_gpu
+--num_processes 8 trl_run.py`, `--use_deepspeed --zero_stage 3`, `--use_fsdp --fsdp_version 2` (without `playing`).
 """
 
 import copy
@@ -44,7 +42,7 @@ class ActFocusTrainer(GRPOTrainer):
             self.frozen, self.as_reference = None, lambda model: use_adapter(model, "ref" if copied else None)
             return
         frozen, self.as_reference = copy.deepcopy(self.model) if reference is None else reference, nullcontext
-        for module in frozen.modules():  # TRL puts a forward of its own on the model, and its copy would call the policy
+        for module in frozen.modules():  # TRL puts a forward of its own on the model: its copy would call the policy
             vars(module).pop("forward", None)
         frozen.eval().requires_grad_(False)
         self.frozen = (prepare_deepspeed(frozen, self.accelerator) if self.is_deepspeed_enabled else
@@ -69,7 +67,7 @@ class ActFocusTrainer(GRPOTrainer):
         return made | {"advantages": made["advantages"][:, None] * weights * (tokens / weight.clamp(min=1e-30))}
 
     def energies(self, made):
-        """Of each completion token [B, T] under the reference: logits of one row at a time, as float32 of a part of it."""
+        """Of each completion token [B, T] under the reference: a row's logits at a time, in float32 a part of it."""
         ids, mask = (torch.cat([made["prompt_" + name], made["completion_" + name]], 1) for name in ("ids", "mask"))
         length, energies = made["completion_ids"].shape[1], []
         model = self.accelerator.unwrap_model(self.model) if self.frozen is None else self.frozen
@@ -77,8 +75,8 @@ class ActFocusTrainer(GRPOTrainer):
         model.eval()
         with self.as_reference(model):
             for row, real in zip(ids, mask):
-                logits = model(input_ids=row[None], attention_mask=real[None], logits_to_keep=length + 1).logits[0, -length - 1:-1]
-                energies.append(torch.cat([token_energy(part) for part in logits.split(256)]))
+                logits = model(input_ids=row[None], attention_mask=real[None], logits_to_keep=length + 1).logits
+                energies.append(torch.cat([token_energy(part) for part in logits[0, -length - 1:-1].split(256)]))
                 del logits  # before there are the next row's
         model.train(training)
         return torch.stack(energies)
@@ -95,22 +93,24 @@ class ActFocusTrainer(GRPOTrainer):
 
 
 def playing(make_env, max_response_tokens=100):
-    """A rollout_func: every prompt of the dataset is a board's seed, as text. Returns and success go to the reward function."""
+    """A rollout_func: each prompt of the dataset is a board's seed, as text. The reward function gets the returns."""
     from rollout import rollout
 
     def rollout_func(prompts, trainer):
         if trainer.is_fsdp_enabled:  # each forward pass is everybody's there, and one process plays longer than another
-            raise ValueError("playing: not under FSDP, where processes would wait for each other for ever; DDP or DeepSpeed")
+            raise ValueError("playing: not under FSDP, where processes would wait for each other for ever")
         seeds = [int(prompt) for prompt in prompts]
         luck = hash((trainer.args.seed, trainer._step, *seeds)) % 2**63
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            played = rollout(model, trainer.processing_class, [make_env() for _ in seeds], seeds=seeds, temperature=trainer.temperature,
-                             max_response_tokens=max_response_tokens, generator=torch.Generator(model.device).manual_seed(luck))
+            played = rollout(model, trainer.processing_class, [make_env() for _ in seeds], seeds=seeds,
+                             temperature=trainer.temperature, max_response_tokens=max_response_tokens,
+                             generator=torch.Generator(model.device).manual_seed(luck))
         spans = [slice(int(sampled.int().argmax()), int(n)) for sampled, n in zip(played.response_mask, played.lengths)]
         cut = lambda x: [row[span].tolist() for row, span in zip(x, spans)]
-        return {"prompt_ids": [row[:span.start].tolist() for row, span in zip(played.ids, spans)], "completion_ids": cut(played.ids),
-                "logprobs": cut(played.logprobs), "env_mask": cut(played.response_mask.int()),
-                "returns": played.returns.tolist(), "success": played.success.float().tolist()}
+        return {"prompt_ids": [row[:span.start].tolist() for row, span in zip(played.ids, spans)],
+                "completion_ids": cut(played.ids), "logprobs": cut(played.logprobs),
+                "env_mask": cut(played.response_mask.int()), "returns": played.returns.tolist(),
+                "success": played.success.float().tolist()}
     return rollout_func
 
 

@@ -114,7 +114,7 @@ def test_no_play_beats_the_ceiling_and_random_play_is_far_below():
         floor, ceiling = random_floor(env, SEEDS), mean_ceiling(env, SEEDS)
         wins = []
         for seed in SEEDS:
-            for luck in range(10):
+            for luck in range(5):
                 env.reset(seed=seed)
                 env.rng = np.random.default_rng(luck)
                 info = {"success": env.solved()}
@@ -169,11 +169,11 @@ def noise(rng):
 
 
 @pytest.mark.parametrize("name", ENVS)
-def test_ten_thousand_random_answers_break_nothing(name):
+def test_two_thousand_random_answers_break_nothing(name):
     """No exception; an invalid answer costs the penalty, and what could not be read changed nothing."""
     env, rng, invalid = make(name), np.random.default_rng(0), 0
     env.reset(seed=0)
-    for i in range(10_000):
+    for i in range(2000):
         if env._over:
             env.reset(seed=i)
         text, before = noise(rng), env.render()
@@ -183,7 +183,7 @@ def test_ten_thousand_random_answers_break_nothing(name):
         if not actions:
             invalid += 1
             assert not valid and reward == -env.format_penalty and env.render() == before
-    assert 5000 < invalid < 10_000
+    assert 1000 < invalid < 2000
 
 
 @pytest.mark.parametrize("name", ENVS)
