@@ -65,7 +65,7 @@ def at_least_float32(x):  # in half precision and in integers, sums go wrong
 def token_spans(tokenizer, ids, pieces):
     """ids of a response -> (text, starts, ends of each token in it); in pieces, the texts of single ids are kept.
     Tokens that share a character (split UTF-8) all span it."""
-    before = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # some drop a space that comes first
+    before = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # some decoders drop a leading space
     decode = lambda ids: tokenizer.decode(before + ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     opening = len(decode([]))
     text = decode(ids)[opening:]
@@ -79,7 +79,7 @@ def token_spans(tokenizer, ids, pieces):
     for n in range(1, len(ids) + 1):
         known, held, grown = (decode(ids[first:end]) for end in (here, n - 1, n))
         whole = not grown.endswith("\ufffd") or n - here == 32  # U+FFFD: not whole yet; or nothing that will ever be
-        apart = n - 1 > here and whole and grown.startswith(held)  # what was not whole is no part of this one
+        apart = n - 1 > here and whole and grown.startswith(held)  # bytes held back stay a character of their own
         start, end = at + apart * (len(held) - len(known)), at + len(grown) - len(known)
         spans.append((start, max(end, start + 1)))
         first, here, at = (here, n, end) if whole else (first, here, at)
@@ -100,12 +100,12 @@ def action_mask(tokenizer, ids, response_mask, turn_ids=None, pattern=ANSWER):
     mask, pieces, pattern = torch.zeros(ids.shape, dtype=torch.bool), {}, re.compile(pattern)
     for row, (tokens, of_row) in enumerate(zip(ids.tolist(), turns.tolist())):
         for turn, run in groupby(range(len(of_row)), key=of_row.__getitem__):
-            if turn:
+            if turn:  # 0: between responses
                 here = list(run)
                 text, starts, ends = token_spans(tokenizer, tokens[here[0]:here[-1] + 1], pieces)
                 for match in pattern.finditer(text):
                     first, last = match.span(match.lastindex or 0)
-                    if first < last:
+                    if first < last:  # tokens that end after `first` and start before `last`
                         mask[row, here[0] + bisect_right(ends, first):here[0] + bisect_left(starts, last)] = True
     return mask.to(ids.device)
 
@@ -180,7 +180,7 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
     active = weights > 0
     check(logprobs, where=active, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     weight_sum = weights.sum() if weight_sum is None else torch.as_tensor(weight_sum, device=weights.device)
-    check(weight_sum, weight_sum=weight_sum)
+    check(weight_sum, weight_sum=weight_sum)  # finite
     if (weights < 0).any() or weight_sum < 0 or (weight_sum == 0 and active.any()):
         raise ValueError("weights must not be negative, and weight_sum must be the sum of the minibatch's weights")
     for name, bound, most in (("clip_low", clip_low, 1), ("clip_high", clip_high, float("inf"))):
@@ -313,10 +313,10 @@ class Credit:
         return arm.play(seeds, self.settings.temperature, arm.generator)
 
     def filter(self, played):
-        """Those that are trained on; none: nothing to learn. Tokens may be taken out of response_ and action_mask."""
+        """-> what is trained on, whole groups of G; empty: nothing to learn. Tokens may be taken out of the masks."""
         returns, keep = played.returns.view(self.settings.prompts, -1), self.settings.keep  # [P, G]
         groups = variance_filter(returns, keep=keep)
-        if keep == 1 and (self.algo == "ppo" or len(groups)):  # no filter: those without spread stay
+        if keep == 1 and (self.algo == "ppo" or len(groups)):  # no filter: those without spread stay beside others
             groups = torch.arange(len(returns))
         return played.select((groups[:, None] * returns.shape[1] + torch.arange(returns.shape[1])).flatten())
 
@@ -327,7 +327,7 @@ class Credit:
         return group_advantages(batch.returns.view(-1, self.settings.rollouts)).view(-1, 1) * batch.response_mask
 
     def weights(self, batch):
-        """-> [B, T] float32, 0 on what is not trained."""
+        """-> [B, T] float32, 0 on what is not trained; outside the response it is read as 0."""
         return batch.response_mask.float()
 
     def ratio(self, logprobs, batch):

@@ -53,7 +53,7 @@ class Env:
     """
 
     intro: str  # who the agent is, the rules and the symbols
-    actions: tuple[str, ...]  # optional, for extras/: ceiling(), gold(), facts() with fact_pattern, phrases
+    actions: tuple[str, ...]  # beside it, if there, extras/ use ceiling(), gold(), facts() with fact_pattern, phrases
     format_penalty = 0.1
 
     def __init__(self, *, max_turns=5, actions_per_turn=2, max_actions=10, response_limit=400):
@@ -102,7 +102,7 @@ class Env:
         return ", ".join(self.actions)
 
     def outcome(self):
-        """Numbers beside success that describe how the episode went; they go into info and into a run's metrics."""
+        """Finite numbers beside success that say how the episode went, for info and a run's metrics (their mean)."""
         return {}
 
     # The conversation -----------------------------------------------------------------------------------------------
@@ -314,4 +314,4 @@ def draw_boards(env, rng, n, below, held_out):
             seeds.append(seed)
         if len(seeds) == n:
             return seeds
-    raise ValueError(f"hardly a board is left beside the {len(held_out)} held out: larger ones, or fewer --eval-boards")
+    raise ValueError(f"hardly a board is left beside the {len(held_out)} held out: more kinds, or fewer --eval-boards")

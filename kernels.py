@@ -102,7 +102,7 @@ def _one_pass(inputs, targets, temperature, rows=None, coefficients=None, block_
     """
     hidden, weight = _factors(*inputs[:2])
     asked = [coefficients is not None and x is not None and x.requires_grad for x in inputs]
-    at_least = hidden.shape[1] // 3 if asked[1] else 1  # larger blocks are faster: a third of the gradient's memory
+    at_least = hidden.shape[1] // 3 if asked[1] else 1  # larger is faster: logits of a third of d_weight's memory
     numbers = torch.zeros(3, len(targets), device=targets.device, dtype=torch.float32)
     sums = [torch.zeros_like(x, dtype=torch.float32) if asks else None for x, asks in zip(inputs, asked)]
     with torch.autocast(targets.device.type, enabled=False):  # it would turn the float32 products into half precision

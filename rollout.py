@@ -70,7 +70,7 @@ class Trajectories:
             yield rows, self.select(rows)
 
     def in_parts(self, function, size):
-        """function(part) -> tensors [b, T'], of micro-batches of `size` -> those tensors [B, T]."""
+        """The tensors [b, T'] that function(part) makes of micro-batches of `size`, put together as [B, T]."""
         whole = None
         for rows, part in self.parts(size):
             made = function(part)
@@ -196,8 +196,8 @@ def begin(model, tokenizer, envs, seeds, max_response_tokens, max_context=None, 
     """A transcript of each environment, up to where the first response begins."""
     if not len(envs) == len(seeds) > 0 or max_response_tokens < 1:
         raise ValueError(f"cannot play {len(envs)} environments, {len(seeds)} seeds, {max_response_tokens} tokens each")
-    also = getattr(model.generation_config, "eos_token_id", None)
-    stop_ids = {*(also if isinstance(also, list) else [also])} - {None}
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    stop_ids = {*(eos if isinstance(eos, list) else [eos])} - {None}
     max_context = max_context or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     chats = {env.system_prompt: Chat(tokenizer, env.system_prompt, stop_ids) for env in envs}
     return [transcript(chats[e.system_prompt], e, s, max_context, max_response_tokens) for e, s in zip(envs, seeds)]

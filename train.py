@@ -152,7 +152,7 @@ def score_logits(model, ids, response_mask, old_logprobs, *functions):
     """Each function(logits[n, V], targets[n], old_logprobs[n]) -> [n], of a model's raw logits, as [B, T] tensors."""
     hidden, weight, bias, targets = states(model, ids, response_mask)
     old_logprobs = old_logprobs[response_mask]
-    made = {function: torch.zeros(len(targets), device=ids.device) for function in functions}  # each once
+    made = {function: torch.zeros(len(targets), device=ids.device) for function in functions}  # once if two are alike
     with torch.autocast(ids.device.type, enabled=False):
         for rows, logits in logits_by_block(hidden, weight, bias):
             for function, values in made.items():
@@ -168,7 +168,7 @@ class Arm:
         self.settings = s = self.credit.settings
         torch.manual_seed(seed)
         self.policy, self.tokenizer = load_agent(s.agent, s.torch_device)
-        self.agent = extra("runs").fingerprint(self.policy, self.tokenizer)
+        self.agent = extra("runs").fingerprint(self.policy, self.tokenizer)  # a checkpoint is of this one alone
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         if s.torch_device.type == "cuda":  # it is never updated, so nothing is lost below bfloat16
             self.reference.bfloat16()
@@ -202,7 +202,7 @@ class Arm:
         if len(chosen):  # else there is nothing to learn from: every group got one return
             batch, totals = self.score(chosen), Counter()
             batch.advantages = self.credit.advantages(batch)  # [B, T]
-            batch.weights = self.credit.weights(batch)  # [B, T]
+            batch.weights = self.credit.weights(batch).where(batch.response_mask, 0.0)  # [B, T]
             order = torch.from_numpy(self.rng.permutation(len(batch))).to(batch.ids.device)
             for minibatch in map(batch.select, order.split(s.minibatch)):
                 if minibatch.weights.any():  # else Adam's momentum alone would move the policy
@@ -226,7 +226,7 @@ class Arm:
         with s.autocast():
             scores = chosen.in_parts(fixed, self.micro_batch)
         names = ("old_logprobs", "old_entropy", "energy", "signal", "ref_logprobs", "old_values")
-        vars(batch).update(vars(chosen) | dict(zip(names, scores)))  # what a credit has attached to them comes along
+        vars(batch).update(vars(chosen) | dict(zip(names, scores)))  # no __init__: what a credit attached comes along
         if self.critic:
             if not torch.isfinite(batch.old_values).all():
                 raise FloatingPointError("the critic's values are not finite")
@@ -259,7 +259,7 @@ class Arm:
             loss, stats = weighted_loss(hidden, weight, targets, part.old_logprobs[mask], part.advantages[mask],
                                         part.weights[mask], bias=bias, temperature=s.temperature, clip_low=s.clip_low,
                                         clip_high=s.clip_high, weight_sum=weight_sum, entropy_coef=entropy_share)
-            policy_loss = loss + entropy_share * stats["entropy"].sum()
+            policy_loss = loss + entropy_share * stats["entropy"].sum()  # for the log: without the bonus
         else:  # a ratio of several tokens, or a second loss
             made = token_stats(hidden, weight, targets, bias=bias, temperature=s.temperature)  # [N] each
             new, _, entropy = (to_tokens(values, mask) for values in made)
@@ -309,7 +309,7 @@ def train_arm(settings, algo, credit, seed):
     runs, s = extra("runs"), settings
     arm, files = Arm(s, algo, credit, seed), runs.ArmFiles(s.out, algo, credit, seed)
     arm.score, arm.gradient = runs.saving_memory(arm, arm.score), runs.saving_memory(arm, arm.gradient)
-    for step in range(files.restore(arm), s.steps + 1):
+    for step in range(files.restore(arm), s.steps + 1):  # step 0: the evaluation before training
         line, evaluating = {"algo": algo, "credit": credit, "seed": seed, "step": step}, step % s.eval_every == 0
         arm.credit.step = step
         try:

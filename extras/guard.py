@@ -55,7 +55,8 @@ def load(path, device):
         check_agent(model.eval(), tokenizer)
     except Exception as error:  # no such directory, no network, a damaged file: each library raises its own
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        nor = "" if Path(path).is_absolute() or Path(path).is_dir() else " (no directory here has that name, either)"
+        here = Path(path).is_absolute() or Path(path).is_dir()
+        nor = "" if here else " (it is a file)" if Path(path).exists() else " (no directory here has that name, either)"
         raise ValueError(f"model: cannot use {str(path)!r}: {reason}{nor}") from None
     return model, tokenizer
 

@@ -8,11 +8,12 @@ def episodes(played):
     sampled = played.turn_ids >= 0
     tokens, action, turns = int(sampled.sum()), int(played.action_mask.sum()), int(played.turns.sum())
     think = played.logprobs[sampled & ~played.action_mask]
+    outcomes = {name: [float(x[name]) for x in played.outcome if name in x] for x in played.outcome for name in x}
     return {"return": played.returns.mean().item(), "success": played.success.float().mean().item(),
             "format_valid": float((played.valid * played.turns).sum() / turns), "turns": turns / len(played),
             "think_tokens": (tokens - action) / turns, "action_tokens": action / turns, "generated_tokens": tokens,
             "action_fraction": action / tokens, "think_nll": -think.mean().item() if len(think) else None,
-            **{name: sum(float(x[name]) for x in played.outcome) / len(played) for name in played.outcome[0]}}
+            **{name: sum(values) / len(values) for name, values in outcomes.items()}}
 
 
 def groups(played, chosen, prompts):

@@ -15,20 +15,24 @@ from train import DEFAULTS, Settings
 OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "lr", "critic_lr", "clip_low", "clip_high", "gamma",
                 "lam", "entropy_coef", "kl_coef")  # those of train.Settings that a credit may have for itself
 MOST = 100_000  # boards, steps, trajectories: more is a slip of the keyboard, which would draw boards for hours
+SETTINGS = "its settings: NAME:KEY=VALUE,KEY=VALUE"
 
 
 def make_credit(text, algo, settings):
     """'carl+actfocus:alpha=0.3,tree_forks=16' -> a Credit that answers as both do, with settings of its own."""
     name, _, own = text.rpartition(":") if "=" in text else (text, "", "")
+    own = [option.partition("=")[::2] for option in own.split(",") if option]
     parts = [CREDITS.get(part, part) for part in name.split("+")]
     if unknown := [part for part in parts if isinstance(part, str) and ":" not in part]:
         raise ValueError(f"credits: {unknown[0]!r} is not one of {', '.join(CREDITS)}, or module:Class")
     try:
         parts = [pkgutil.resolve_name(part) if isinstance(part, str) else part for part in parts]
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"credits: {name!r} cannot be imported: {error}") from None
+        raise ValueError(f"credits: {name!r} cannot be imported: {error} ({SETTINGS})") from None
     if not all(isinstance(part, type) and issubclass(part, Credit) for part in parts):
-        raise ValueError(f"credits: {name!r} is no subclass of Credit")
+        raise ValueError(f"credits: {name!r} is no subclass of Credit ({SETTINGS})")
+    if len(own) > len(dict(own)):
+        raise ValueError(f"credits: {text!r} has a setting twice")
     answers = [answer for answer in vars(Credit) if answer[0] != "_"]
     own_answers = [x for part in parts for x in answers if part is Credit or getattr(part, x) is not getattr(Credit, x)]
     if twice := {answer for answer in own_answers if own_answers.count(answer) > 1} - {"check", "algos"}:
@@ -39,7 +43,7 @@ def make_credit(text, algo, settings):
         credit = type(name, tuple(parts), {"algos": algos})(algo, settings)
     except TypeError:
         raise ValueError(f"credits: {name!r} cannot be joined") from None
-    for key, _, value in (option.partition("=") for option in own.split(",") if option):
+    for key, value in own:
         is_credits = key[:1] != "_" and isinstance(getattr(type(credit), key, None), (str, int, float))
         unread = key in ("alpha", "beta", "signal") and type(credit).weights is Credit.weights
         if unread or not is_credits and key not in OWN_SETTINGS:
@@ -62,8 +66,8 @@ def key_values(options):
     values = {}
     for option in options:
         key, equals, text = option.partition("=")
-        if not equals:
-            raise ValueError(f"env_options: {option!r} is not KEY=VALUE")
+        if not equals or key in values:
+            raise ValueError(f"env_options: {option!r} {'comes a second time' if equals else 'is not KEY=VALUE'}")
         try:
             values[key] = json.loads(text)
         except json.JSONDecodeError:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -104,6 +105,10 @@ class ArmFiles:
     def record(self, line, arm, checkpoint):
         """Append a step's line; with checkpoint=True, or when asked to stop, save the arm -> whether to stop."""
         stopping = asked_to_stop.is_set()
+        for name, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError("{algo} {credit} seed {seed}, step {step}: ".format(**line)
+                                 + f"the metric {name} is {value}, not finite (None: there is none)")
         with open(self.log, "a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
             if checkpoint or stopping:
@@ -165,6 +170,8 @@ def begin(settings, resume):
     from extras import agent as teacher  # here, because it needs train.Settings
     taught = not settings.teach or resume and Path(settings.agent).exists()
     lessons = None if taught else teacher.format_lessons(settings, tokenizer)  # refused before anything is lost
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file, not a directory")
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "w")
     try:

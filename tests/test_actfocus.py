@@ -471,7 +471,7 @@ def test_methods_are_joined_and_have_settings_of_their_own(randn, monkeypatch):
     ("doubled+carl", "advantages"), ("uniform+actfocus", "join"), ("actfocus+uniform", "join"),
     ("actfocus:gravity=1", "gravity"), ("actfocus:steps=3", "steps"), ("actfocus:seeds=3", "seeds"),
     ("actfocus:alpha=high", "high"), ("actfocus:alpha", "alpha"), ("actfocus:alpha=2", "alpha"),
-    ("actfocus:signal=loudness", "loudness"),
+    ("actfocus:signal=loudness", "loudness"), ("actfocus:0.3", "KEY=VALUE"), ("actfocus:alpha=0,alpha=1", "twice"),
     ("louder+carl", "advantages"), ("louder+doubled", "advantages"), ("actfocus:_x=1", "_x"), ("doubled:factor=much", "much"), ("uniform:algo=ppo", "algo")])
 def test_a_credit_that_cannot_be_is_refused(monkeypatch, text, words):
     monkeypatch.setitem(CREDITS, "doubled", Doubled)

@@ -474,11 +474,11 @@ def test_the_description_is_counted_by_hand(agent):
     transcripts[0].logprobs = [-2.0 * (k == 0) - 4.0 * (k == 1) for k in transcripts[0].turn_ids]
     transcripts[1].success = True
     played = pack(transcripts)
-    played.outcome = [{"score": 0.25}, {"score": 0.5}]
+    played.outcome = [{"score": 0.25}, {"score": 0.5, "gold": 3}]  # a mean over the episodes that have it
     # tokens: think The box /think answer Up /answer end, answer end; think /think answer Up /answer end
     expected = {"return": (-0.1 - 0.1 - 0.1) / 2, "success": 0.5, "format_valid": 2 / 3, "turns": 1.5,
                 "think_tokens": 14 / 3, "action_tokens": 2 / 3, "action_fraction": 2 / 16, "generated_tokens": 16,
-                "score": 0.375, "think_nll": (7 * 2 + 2 * 4 + 5 * 1) / 14}
+                "score": 0.375, "gold": 3, "think_nll": (7 * 2 + 2 * 4 + 5 * 1) / 14}
     found = episodes(played)
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected)

@@ -403,6 +403,14 @@ def test_what_a_credit_attaches_to_the_trajectories_comes_along(monkeypatch):
     assert (seen[0].old_logprobs[seen[0].response_mask] < 0).all()
 
 
+def test_what_a_credit_weighs_outside_the_responses_is_not_trained(monkeypatch):
+    plain, careless = (scripted(arm_of(credit="uniform")) for _ in range(2))
+    monkeypatch.setattr(careless.credit, "weights", lambda batch: torch.ones(batch.ids.shape))
+    expected, found = plain.step(), careless.step()
+    for name in ("updated_tokens", "policy_loss", "grad_norm", "weight_share_action"):
+        assert found[name] == expected[name] != 0, name
+
+
 def test_an_evaluation_has_its_own_temperature_boards_and_luck(monkeypatch):
     """Whatever the training temperature; training goes on as if there had been none; twice it is the same."""
     arm, calls, original = arm_of(temperature=3.0, max_response_tokens=20), [], train.rollout
@@ -515,6 +523,12 @@ def test_a_slip_in_a_credit_of_ones_own_is_named_with_its_place(tmp_path, monkey
     code, _, error = run("--out", tmp_path, *BRIEF, "--algos", "grpo", "--credits", "mine")
     assert code == 1 and error.count("\n") <= 2 and "Traceback" not in error
     assert f"grpo mine seed 0, step 1: too many values to unpack (expected 2) (test_train.py, line {weights.__code__.co_firstlineno + 1})" in error
+
+
+def test_a_metric_that_is_no_number_is_named(tmp_path):
+    line = {"algo": "grpo", "credit": "mine", "seed": 3, "step": 7, "think_nll": None, "length": float("nan")}
+    with pytest.raises(ValueError, match="grpo mine seed 3, step 7: the metric length is nan"):
+        runs.ArmFiles(tmp_path, "grpo", "mine", 3).record(line, None, checkpoint=False)
 
 
 @pytest.mark.slow
