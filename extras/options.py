@@ -15,6 +15,7 @@ from train import DEFAULTS, Settings
 OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "lr", "critic_lr", "clip_low", "clip_high", "gamma",
                 "lam", "entropy_coef", "kl_coef")  # those of train.Settings that a credit may have for itself
 MOST = 100_000  # boards, steps, trajectories: more is a slip of the keyboard, which would draw boards for hours
+SWITCH = {"true": True, "false": False}
 SETTINGS = "its settings: NAME:KEY=VALUE,KEY=VALUE"
 
 
@@ -44,14 +45,15 @@ def make_credit(text, algo, settings):
     except TypeError:
         raise ValueError(f"credits: {name!r} cannot be joined") from None
     for key, value in own:
-        is_credits = key[:1] != "_" and isinstance(getattr(type(credit), key, None), (str, int, float))
+        is_credits = key[:1] != "_" and type(getattr(type(credit), key, None)) in (str, int, float, bool)
         unread = key in ("alpha", "beta", "signal") and type(credit).weights is Credit.weights
         if unread or not is_credits and key not in OWN_SETTINGS:
             whose = name if unread else "a credit"
             raise ValueError(f"credits: {key!r} in {text!r} is not a setting that {whose} can have for itself")
         try:
-            value = type(getattr(credit if is_credits else settings, key))(value)
-        except ValueError:
+            kind = type(getattr(credit if is_credits else settings, key))
+            value = SWITCH[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
             raise ValueError(f"credits: {value!r} is no value for {key} in {text!r}") from None
         if is_credits:
             setattr(credit, key, value)

@@ -446,7 +446,7 @@ def test_what_is_trained_on_are_whole_groups_and_all_of_them_without_the_filter(
 class Doubled(Credit):
     """A credit method as somebody else would write it."""
 
-    factor, words = 2.0, "plain"
+    factor, words, loud = 2.0, "plain", True
 
     def advantages(self, batch):
         return self.factor * super().advantages(batch)
@@ -455,9 +455,10 @@ class Doubled(Credit):
 def test_methods_are_joined_and_have_settings_of_their_own(randn, monkeypatch):
     monkeypatch.setitem(CREDITS, "doubled", f"{__name__}:Doubled")
     s, batch = settings(), batch_of(randn)
-    joined = make_credit("doubled+actfocus:alpha=0.5,factor=3,words=other", "grpo", s)
+    joined = make_credit("doubled+actfocus:alpha=0.5,factor=3,words=other,loud=false", "grpo", s)
     assert isinstance(joined, ActFocus) and isinstance(joined, Doubled)
-    assert (joined.factor, joined.words, joined.settings.alpha, joined.settings.beta) == (3.0, "other", 0.5, s.beta)
+    assert (joined.factor, joined.words, joined.loud) == (3.0, "other", False)
+    assert (joined.settings.alpha, joined.settings.beta) == (0.5, s.beta)
     plain = make_credit("uniform", "grpo", s)
     assert torch.equal(joined.advantages(batch), 3 * plain.advantages(batch))
     assert (joined.weights(batch)[response_mask & ~action_mask] == 0.5).all()
@@ -472,7 +473,8 @@ def test_methods_are_joined_and_have_settings_of_their_own(randn, monkeypatch):
     ("actfocus:gravity=1", "gravity"), ("actfocus:steps=3", "steps"), ("actfocus:seeds=3", "seeds"),
     ("actfocus:alpha=high", "high"), ("actfocus:alpha", "alpha"), ("actfocus:alpha=2", "alpha"),
     ("actfocus:signal=loudness", "loudness"), ("actfocus:0.3", "KEY=VALUE"), ("actfocus:alpha=0,alpha=1", "twice"),
-    ("louder+carl", "advantages"), ("louder+doubled", "advantages"), ("actfocus:_x=1", "_x"), ("doubled:factor=much", "much"), ("uniform:algo=ppo", "algo")])
+    ("louder+carl", "advantages"), ("louder+doubled", "advantages"), ("actfocus:_x=1", "_x"), ("doubled:factor=much", "much"),
+    ("doubled:loud=maybe", "maybe"), ("uniform:algo=ppo", "algo")])
 def test_a_credit_that_cannot_be_is_refused(monkeypatch, text, words):
     monkeypatch.setitem(CREDITS, "doubled", Doubled)
     monkeypatch.setitem(CREDITS, "louder", type("Louder", (Doubled,), {}))  # what it inherits is its own answer, too
@@ -503,3 +505,40 @@ def test_methods_that_are_joined_go_with_what_both_go_with(monkeypatch, text, al
     monkeypatch.setitem(CREDITS, "timid", Timid)
     with pytest.raises(ValueError, match="--algos|join"):
         make_credit(text, algo, settings()).check(settings().make_env())
+
+
+def test_only_the_new_log_probs_carry_a_gradient(randn):
+    """What a user's own loop hands over may still hang on its graph."""
+    given = [x.detach().requires_grad_() for x in loss_inputs(randn)]
+    loss, stats = weighted_policy_loss(*given)
+    loss.backward()
+    assert given[0].grad is not None and all(x.grad is None for x in given[1:])
+    assert not any(x.requires_grad for x in (*stats.values(), *gae(given[1], given[2], response_mask)))
+
+
+def test_energies_a_hundredth_of_a_nat_apart_are_ranked_and_rounding_is_not():
+    here = torch.ones(1, 1000, dtype=torch.bool)
+    apart = 0.01 * (-1.0) ** torch.arange(1000)[None]
+    middle = 1 + 0.5 / (1 + math.exp(-1))
+    assert token_weights(apart, here, here)[0, 0].item() == pytest.approx(middle, abs=1e-3)
+    equal = token_weights(torch.full((1, 1000), -12345.678), here, here)
+    torch.testing.assert_close(equal, torch.full_like(equal, 1.25))
+
+
+def test_a_tenth_in_ten_is_a_difference_and_a_share_of_groups_is_not_rounded_down():
+    returns = torch.tensor([[10.8, 10.7, 10.8, 10.7]])
+    assert group_advantages(returns).abs().min() > 0.5 and len(variance_filter(returns)) == 1
+    assert len(variance_filter(torch.arange(200.0).view(100, 2) ** 2, keep=0.29)) == 29  # 0.29 * 100 is 28.999...
+
+
+@pytest.mark.parametrize("name", ["rewards", "values"])
+def test_gae_names_what_is_not_finite(randn, name):
+    given = {"rewards": randn(2, 9), "values": randn(2, 9)}
+    given[name][0, 1] = math.nan
+    with pytest.raises(ValueError, match=name):
+        gae(**given, response_mask=response_mask)
+
+
+def test_the_clip_fraction_counts_below_and_above_by_their_own_bounds():
+    ratio, ones = torch.tensor([[0.75, 0.85, 1.25, 1.3]]), torch.ones(1, 4)
+    assert weighted_policy_loss(ratio.log(), 0 * ones, ones, ones)[1]["clip_fraction"] == 0.5

@@ -147,3 +147,12 @@ def test_reasoning_and_answer_together_stay_within_a_response_and_the_context():
         patch.setattr(type(arm.policy), "forward", watched)
         assert np.isfinite(decided.nested_returns(arm, 0, [1, 2], 3, 2, 2)).all()
     assert max(widths) <= longest and max(seen) <= 40 and len(seen) >= 24
+
+
+def test_no_evaluation_board_is_sampled(monkeypatch):
+    boards = ("size=5", "walls=0", "max_moves=2", "max_turns=1")
+    arm, seen, rng = arm_of(env_options=boards, eval_boards=64), [], np.random.default_rng(0)
+    returns = lambda arm, turn, seeds, *_: seen.extend(seeds) or rng.normal(size=(len(seeds), 2, 2, 2))
+    monkeypatch.setattr(decided, "nested_returns", returns)
+    decided.decided(arm, 30)
+    assert len(seen) == 30 and not {arm.env.reset(seed=seed)[0] for seed in seen} & arm.held_out

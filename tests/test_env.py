@@ -283,7 +283,8 @@ def test_facts_are_true_and_their_opposites_false(name):
 
 @pytest.mark.parametrize("name, options", [
     ("chess", {}), ("sokoban", {"sise": 6}), ("sokoban", {"size": 3}), ("sokoban", {"walls": 20}),
-    ("sokoban", {"max_moves": 11}),
+    ("sokoban", {"max_moves": 11}), ("sokoban", {"max_moves": 5, "max_turns": 2}), ("sokoban", {"max_turns": True}),
+    ("sudoku", {"max_actions": 5}),
     ("sokoban", {"observation": "smell"}), ("sokoban", {"size": "big"}), ("sokoban", {"max_turns": 0}),
     ("sudoku", {"difficulty": "brutal"}), ("sudoku", {"hint": 1}), ("sudoku", {"max_turns": 2}),
     ("shop", {"actions_per_turn": 2}), ("shop", {"products": 0}), ("shop", {"page": "many"}),
@@ -695,3 +696,127 @@ def test_a_board_is_searched_once_for_all_rollouts_of_its_group(monkeypatch):
     monkeypatch.setattr(environments, "SOLVED", {i: None for i in range(10_000)})
     first.reset(seed=12)
     assert len(environments.SOLVED) < 100
+
+
+def test_who_falls_into_a_hole_plays_no_further_action_of_the_turn():
+    env = make("frozenlake", intended=1.0)
+    env.reset(seed=0)
+    env.player, env.goal, env.holes = (0, 0), (0, 2), frozenset({(0, 1)})
+    _, reward, terminated, _, info = env.step(response(["Right", "Right"]))
+    assert terminated and not info["success"] and info["actions"] == ["Right"] and reward == 0
+
+
+def test_a_win_with_the_last_action_is_no_truncation():
+    env = make("sokoban", walls=0, max_moves=1, max_actions=1)
+    env.reset(seed=0)
+    assert env.step(response(env.oracle()))[2:4] == (True, False)
+
+
+def test_an_invalid_turn_costs_no_action_and_an_answer_is_read_to_its_end():
+    env = make("sokoban", walls=0, max_actions=3, max_moves=3)
+    env.reset(seed=0)
+    env.step("hm")
+    assert env.actions_left == 3
+    for actions in (["Up", "Down", "Jump"], ["Jump", "Up", "Down"]):
+        assert env.parse(response(actions)) == (["Up", "Down"], False)
+
+
+def test_options_say_what_a_board_is_made_of():
+    for walls in (0, 3):
+        env = make("sokoban", walls=walls, min_moves=3, max_moves=3)
+        board = env.reset(seed=0)[0].partition("State:\n")[2].partition("\nYou")[0]
+        assert board.count("#") == 20 + walls and len(env.oracle()) == 3
+    counts = []
+    for frozen in (1.0, 0.9, 0.6):
+        env = make("frozenlake", frozen=frozen, size=6, max_turns=2)
+        for seed in SEEDS:
+            env.reset(seed=seed)
+            assert len(env.oracle()) <= 4  # crossed within the budget
+            counts.append(len(env.holes))
+    assert sum(counts[:30]) == 0 < 2 * sum(counts[30:60]) < sum(counts[60:])
+
+
+def test_boards_are_found_where_hardly_one_kind_is_left():
+    env = make("sokoban", size=5, walls=0, max_moves=2)
+    kinds = sorted({env.reset(seed=seed)[0] for seed in range(300)})
+    drawn = draw_boards(env, np.random.default_rng(0), 2, 300, set(kinds[1:]))
+    assert {env.reset(seed=seed)[0] for seed in drawn} == {kinds[0]}
+
+
+def test_the_ceiling_counts_what_can_be_seen_before_the_second_action():
+    """Right then Up, or first look where the first one slipped to."""
+    env = make("frozenlake", size=3, frozen=1.0, max_turns=2, max_actions=2)
+    env.reset(seed=0)
+    env.player, env.goal, env.holes = (1, 1), (0, 2), frozenset()
+    assert env.ceiling() == pytest.approx(0.8 * 0.8 + 0.1 * 0.8)
+    env.step("hm")  # one turn is left: both at once
+    assert env.ceiling() == pytest.approx(0.8 * 0.8 + 0.1 * 0.1)
+
+
+def test_the_floor_is_repeated_and_a_plan_that_is_too_long_is_no_best_play(monkeypatch):
+    env = Coin(max_turns=1, actions_per_turn=1)
+    assert len({random_floor(env, SEEDS) for _ in range(3)}) == 1
+    monkeypatch.setattr(Coin, "oracle", lambda self: ["Heads"] * 2)
+    assert mean_ceiling(env, SEEDS) == 0
+
+
+def test_a_right_number_is_paid_once_whatever_stood_there_and_even_if_it_wins():
+    env = make("sudoku")
+    env.reset(seed=1)
+    *others, last = env.oracle()
+    assert env.move(last) == 1 and env.move(f"place {int(last[6]) % 4 + 1}{last[7:]}") < 1
+    assert [env.move(action) for action in others] == [1] * 5 and env.move(last) == 10 and env.solved()
+    env = make("sudoku", difficulty="hard")
+    for seed in SEEDS:
+        env.reset(seed=seed)
+        right = env.oracle()[-1]
+        wrong = [action for v in range(1, 5) if (action := f"place {v}{right[7:]}") != right]
+        if 0.5 in [env.move(action) for action in wrong]:
+            assert env.move(right) == 1
+            return
+    raise AssertionError("no puzzle had a legal wrong number")
+
+
+def test_a_sudokus_plan_begins_with_what_the_rules_decide():
+    env = make("sudoku")
+    for seed in SEEDS:
+        env.reset(seed=seed)
+        for action in env.oracle():
+            value, row, column = (int(word) for word in action.split() if word.isdigit())
+            sure = [i for i in range(16) if not env.grid[i] and len(env.candidates(i)) == 1]
+            assert not sure or 4 * row + column - 5 in sure
+            env.move(action)
+
+
+def test_a_price_at_the_limit_is_within_it_and_another_catalogue_is_searched():
+    env = make("shop", catalogue_seed=1)
+    for seed in range(5):
+        env.reset(seed=seed)
+        env.limit = env.target.price
+        assert env.score(env.target, env.wanted_options) == 1
+        buy(env, *env.oracle())
+        assert env.solved()
+
+
+def test_a_board_is_shown_by_rows_and_columns():
+    env = make("sokoban", walls=0, observation="coordinates")
+    env.reset(seed=0)
+    env.player, env.boxes, env.targets = (1, 2), frozenset({(3, 1)}), frozenset({(4, 2)})
+    assert env.render() == "player: 1,2\nbox: 3,1\ntarget: 4,2"
+    env = make("sudoku", observation="units")
+    env.reset(seed=1)
+    assert env.render().splitlines()[::4] == ["Row 1: 2 . 3 1", "Column 1: 2 1 4 .", "Box 1: 2 . 1 3"]
+    env = make("frozenlake", size=2)
+    env.reset(seed=0)
+    env.start, env.player, env.goal, env.holes = (0, 0), (1, 0), (1, 1), frozenset({(0, 1)})
+    assert env.render() == "_O\nPG\nstart: 0,0\ngoal: 1,1\nplayer: 1,0\nholes: 0,1"
+
+
+def test_the_shop_shows_what_was_found_and_chosen():
+    env = make("shop")
+    env.reset(seed=1)
+    buy(env, "search[compact wooden chair]", "click[next page]")
+    page, item = env.render().splitlines()[1:3], env.products[env.results[5]]
+    assert page == [f"{len(env.results)} results, page 2", f"[{item.name}] {item.title}, {item.price} dollars"]
+    buy(env, f"click[{item.name}]", f"click[{item.options['color'][0]}]")
+    assert f"chosen: {item.options['color'][0]}\nsize: " in env.render() and env.render().count("chosen: none") == 1

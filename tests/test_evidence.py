@@ -64,6 +64,7 @@ def test_a_summary_counts_what_the_log_holds_and_knows_floor_and_ceiling():
     settings = Settings(algos=("grpo",), credits=("carl",), eval_boards=3)
     found = report.summary(settings, "abcd", [lines])
     entry, = found["arms"]
+    assert entry["final_board_success"] == [0.25]
     assert entry["final_success"] == 0.25 and entry["peak_success"] == 0.5 and entry["eval_generated_tokens"] == [0, 70]
     assert (entry["updates"], entry["updated_tokens"], entry["skipped_updates"]) == (2, 9, 1)
     assert found["config"]["agent"] == "abcd" and 0 <= found["floor"] < found["ceiling"] == 1
@@ -380,3 +381,18 @@ def test_the_study_has_every_setting_whose_files_are_there_and_its_rho_is_of_sha
         assert {arm["updates"] for arm in arms} == {arm["updates"] for arm in rivals}  # equal budgets
     rho, low, high = study.correlation()
     assert low <= rho <= high
+
+
+
+def test_arms_that_end_alike_are_level():
+    config = dataclasses.asdict(Settings())
+    arms = [arm(credit, 0, [0.4, 0.6]) for credit in ("uniform", "actfocus")]
+    text = table({"config": config, "floor": 0.05, "ceiling": 1.0, "arms": arms})
+    assert "grpo: ActFocus ends level with uniform, ahead in 0 of 1 seeds" in text
+
+
+def test_floor_and_ceiling_are_of_the_boards_that_evaluations_play(monkeypatch):
+    for name in ("random_floor", "mean_ceiling"):
+        monkeypatch.setattr(report, name, lambda env, seeds: list(seeds))
+    found = report.summary(Settings(eval_boards=2), "abcd", [])
+    assert found["floor"] == found["ceiling"] == [10**9, 10**9 + 1]

@@ -298,7 +298,8 @@ def test_without_a_compiler_the_plain_path_runs(monkeypatch):
 @pytest.mark.parametrize("change", [
     {"targets": torch.tensor([0, 50])}, {"targets": torch.tensor([-1, 0])}, {"targets": torch.tensor([0.0, 1.0])},
     {"targets": torch.tensor([0])}, {"weight": torch.zeros(50, 3)}, {"hidden": torch.zeros(2, 2, 4)},
-    {"bias": torch.zeros(49)}, {"temperature": 0.0}, {"temperature": float("nan")}])
+    {"targets": torch.tensor([True, False])}, {"bias": torch.zeros(49)}, {"temperature": 0.0},
+    {"temperature": float("nan")}, {"temperature": float("inf")}])
 def test_bad_arguments_are_refused(change):
     arguments = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(50, 4), "targets": torch.tensor([0, 1])} | change
     with pytest.raises(ValueError):
@@ -502,7 +503,7 @@ def test_the_weights_gradient_is_handed_out_without_a_copy(monkeypatch):
     {"weights": torch.tensor([1.0, float("inf")]), "weight_sum": 1.0}, {"weights": torch.tensor([1.0, float("nan")])},
     {"advantages": torch.tensor([0.0, float("inf")])}, {"old_logprobs": torch.tensor([float("nan"), 0.0])},
     {"weights": torch.ones(3)}, {"old_logprobs": torch.zeros(2, 1)}, {"weight_sum": 0.0}, {"weight_sum": -1.0},
-    {"weight_sum": float("nan")}, {"clip_low": 1.5}, {"clip_low": -0.1}, {"clip_high": -0.1}, {"temperature": 0.0},
+    {"weight_sum": float("nan")}, {"weight_sum": float("inf")}, {"clip_low": 1.5}, {"clip_low": -0.1}, {"clip_high": -0.1}, {"temperature": 0.0},
     {"bias": torch.zeros(49)}])
 def test_bad_arguments_of_the_loss_are_refused(change):
     arguments = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(50, 4), "targets": torch.tensor([0, 1]),
@@ -690,3 +691,39 @@ def test_the_benchmark_prints_its_table():
     for row in rows:
         assert all(float(error) < 1e-5 for error in row[head.index("error of d hidden, d weight")].split(", "))
         assert float(row[head.index("median, s")]) > 0
+
+
+def test_a_stray_ratio_is_cut_alike_in_both_losses():
+    hidden, weight, _, targets = inputs(3, 50, 16)
+    given = torch.tensor([-60.0, -4.0, -4.0]), torch.tensor([-1.0, 0.0, 0.0]), torch.ones(3)
+    logprobs = token_stats(hidden, weight, targets)[0]
+    expected, _ = weighted_policy_loss(logprobs[None], *(x[None] for x in given))
+    assert weighted_loss(hidden, weight, targets, *given)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_running_out_of_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 0)
+    monkeypatch.setattr(kernels, "_compiled", lambda function: full)
+    monkeypatch.setattr(kernels, "_plain", False)
+    with pytest.raises(torch.OutOfMemoryError):
+        token_stats(*inputs(9, 50, 16)[:2], torch.arange(9))
+    assert not kernels._plain
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_targets_may_be_integers_of_any_size(dtype):
+    hidden, weight, _, targets = inputs(9, 50, 16)
+    for a, b in zip(*(token_stats(hidden, weight, x) for x in (targets, targets.to(dtype)))):
+        assert torch.equal(a, b)
+    one, two = (weighted_loss(hidden, weight, x, *columns(9))[0] for x in (targets, targets.to(dtype)))
+    assert one == two
+
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight, _, targets = inputs(9, 50, 16)
+    once, = torch.autograd.grad(token_stats(hidden, weight, targets)[0].square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        (once.sum() + hidden.sum()).backward()

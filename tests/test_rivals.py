@@ -14,6 +14,7 @@ from helpers import assert_logprobs_are_those_of_a_plain_forward_pass, respond, 
 
 import env as environments
 from actfocus import group_advantages, token_weights, weighted_policy_loss
+from extras import rivals
 from extras.agent import demonstration
 from extras.options import make_credit
 from extras.rivals import (
@@ -551,3 +552,33 @@ def test_credits_that_cannot_be_are_refused(credits, words):
         Settings(algos=("grpo",), credits=credits)
     with pytest.raises(ValueError, match="--algos grpo"):
         Settings(credits=("carl",))
+
+
+def test_a_question_that_just_fits_the_context_is_asked():
+    model, tokenizer = load_agent(str(AGENTS / "sudoku"), "cpu")
+    data = played(tokenizer, "sudoku", [1], max_turns=3)
+    data.notes[0] = data.notes[0][:1]
+    whole, probe = beliefs(model, tokenizer, data)[0, 0], data.notes[0][0]
+    model.config.max_position_embeddings = probe.length + len(tokenizer(SCAFFOLD + probe.gold).input_ids)
+    assert beliefs(model, tokenizer, data)[0, 0] == whole != 0
+    model.config.max_position_embeddings -= 1
+    assert beliefs(model, tokenizer, data)[0, 0] == 0
+
+
+def test_the_papers_numbers_are_the_defaults(randn):
+    a2tgpo = make_credit("a2tgpo", "grpo", Settings(env="sudoku", algos=("grpo",)))
+    zero = torch.zeros(1, 2)
+    _, low, high = a2tgpo.ratio(zero, SimpleNamespace(old_logprobs=zero, turn_ids=zero.long(), clip_scale=1.0))
+    assert (low, high) == (0.003, 0.004)  # and scale 0.3, gamma 1:
+    given = randn(4, 3), torch.ones(4, 3, dtype=torch.bool), randn(4), torch.zeros(4)
+    assert torch.equal(turn_gain_advantages(*given)[0], turn_gain_advantages(*given, gamma=1.0, scale=0.3)[0])
+
+
+@pytest.mark.parametrize("name", ["uniform", "carl", "a2tgpo"])
+def test_every_credit_samples_at_the_temperature_of_the_settings(monkeypatch, name):
+    seen = []
+    monkeypatch.setattr(rivals, "tree_rollout", lambda *_, temperature, **__: seen.append(temperature))
+    arm = SimpleNamespace(env=None, policy=None, tokenizer=None, generator=None,
+                          play=lambda seeds, temperature, *_, **__: seen.append(temperature))
+    make_credit(name, "grpo", Settings(env="sudoku", algos=("grpo",), temperature=0.7)).play(arm, [1])
+    assert seen == [0.7]

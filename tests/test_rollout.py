@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_logprobs_are_those_of_a_plain_forward_pass, plain_logprobs, scripted
+from helpers import assert_logprobs_are_those_of_a_plain_forward_pass, plain_logprobs, respond, scripted
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     Gemma3Config,
@@ -493,7 +493,7 @@ def test_an_episode_ends_where_the_next_turn_might_not_fit(agent):
         run(agent, n=2, max_context=30)
 
 
-@pytest.mark.parametrize("change", [{"temperature": 0.0}, {"max_response_tokens": 0}, {"n": 0, "envs": [1]}])
+@pytest.mark.parametrize("change", [{"temperature": 0.0}, {"temperature": math.inf}, {"max_response_tokens": 0}, {"n": 0, "envs": [1]}])
 def test_bad_arguments_are_refused(agent, change):
     with pytest.raises(ValueError):
         run(agent, **change)
@@ -810,3 +810,31 @@ def test_imitation_makes_demonstrated_responses_likelier(agent):
     before = nll()
     taught.imitate(model, data, 15, 1e-2, rng, "", batch=3)
     assert nll() < 0.8 * before
+
+
+def test_a_response_ends_with_the_tokenizers_token_and_with_the_models_own(agent):
+    model, tokenizer, make_env = stopping(agent[0], 0), *agent[1:]
+    for eos, more in ((7, {7}), ([7, 9], {7, 9}), (None, set())):
+        model.generation_config.eos_token_id = eos
+        begun, = sampling.begin(model, tokenizer, [make_env()], [0], 5)
+        assert begun.chat.stop_ids == {tokenizer.eos_token_id, *more}
+
+
+def test_environments_with_other_rules_are_played_side_by_side_each_with_its_own(agent):
+    envs = [agent[2](), environments.make("sudoku")]
+    for env, begun in zip(envs, sampling.begin(*agent[:2], envs, [0, 1], 5)):
+        assert env.system_prompt in agent[1].decode(begun.ids)
+
+
+def test_the_context_is_filled_to_its_last_token_and_not_further(agent, monkeypatch):
+    """Its limit is the model's own where none is given."""
+    model, tokenizer, make_env = agent
+    begin = lambda limit=None: sampling.begin(model, tokenizer, [make_env()], [0], 5, limit)[0]
+    first, second = len(begin().ids), len(scripted(tokenizer, make_env(), 0, ["hm"]).ids)
+    for short in (0, 1):
+        assert respond(begin(second + 5 - short), tokenizer, "hm") == (not short)
+    begin(first + 5)
+    monkeypatch.setattr(model.config, "max_position_embeddings", first + 4)
+    for limit in (None, first + 4):
+        with pytest.raises(ValueError, match="context"):
+            begin(limit)

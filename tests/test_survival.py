@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_train import BOARDS, BRIEF, ROOT, SMALL, TIMED, arm_of, metrics, run, scripted, start, strict, words
+from test_train import BOARDS, BRIEF, ROOT, SMALL, TIMED, arm_of, batch_of, metrics, run, scripted, start, strict, words
 
 import train
 from actfocus import gae, group_advantages, token_weights, variance_filter, weighted_policy_loss
@@ -820,3 +820,45 @@ def test_boards_that_take_long_to_draw_are_said_with_what_they_come_to(monkeypat
     runs.warn_of_slow_boards(settings, seconds=0.01)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "0.1 s" in said and "0.1 minutes" in said
+
+
+@pytest.mark.parametrize("where", ["log", "gradient"])
+def test_one_bad_number_anywhere_skips_the_update(where):
+    arm = arm_of("ppo")
+    before = copy.deepcopy(arm.policy.state_dict())
+    for x in arm.policy.parameters():
+        x.grad = torch.ones_like(x)
+    if where == "gradient":
+        arm.critic.head.bias.grad = torch.tensor([math.inf])
+    assert arm.update({"policy_loss": math.nan if where == "log" else 1.0}) == {"skipped_updates": 1}
+    assert unchanged(arm.policy, before)
+
+
+def test_gradients_of_before_memory_ran_out_do_not_count_twice(monkeypatch):
+    made = []
+    for starved in (False, True):
+        arm, calls, loss = arm_of(micro_batch=4), [], train.Arm.loss
+        batch = batch_of(arm)
+
+        def lacking(self, *arguments):
+            calls.append(1)
+            if starved and len(calls) == 2:  # the first part's gradient is there
+                raise LACKS[1]
+            return loss(self, *arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Arm, "loss", lacking)
+            runs.saving_memory(arm, arm.gradient)(batch)
+        made.append([x.grad for x in arm.policy.parameters()])
+    assert arm.micro_batch == 2
+    for a, b in zip(*made):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+
+
+def test_a_checkpoint_brings_back_what_an_arm_has_counted_and_torchs_luck(tmp_path):
+    arm, files = arm_of(), ArmFiles(tmp_path, "grpo", "actfocus", 0)
+    files.log.parent.mkdir()
+    arm.bad_updates, arm.micro_batch, _ = 2, 1, torch.rand(9)
+    files.record({"step": 0}, arm, checkpoint=True)
+    drawn, again = torch.rand(3), arm_of()  # a signal may draw, as "random" does
+    assert files.restore(again) == 1 and (again.bad_updates, again.micro_batch) == (2, 1)
+    assert torch.equal(torch.rand(3), drawn)

@@ -12,7 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from actfocus import CREDITS, SIGNALS, ActFocus, Credit, Critic, token_weights
 from extras import runs
 from extras.agent import teach
 from extras.guard import load_tokenizer
+from extras.metrics import updates as said_of_updates
 from extras.options import SettingsParser
 from rollout import Chat, Transcript, load_agent, pack, score
 from train import Arm, Settings
@@ -147,9 +150,10 @@ def test_ppo_pays_the_return_on_the_last_response_token():
     whitened = batch.advantages[batch.response_mask]
     assert whitened.mean().item() == pytest.approx(0, abs=1e-5)
     assert whitened.std(correction=0).item() == pytest.approx(1, abs=1e-3)
-    late = batch_of(arm_of("ppo", gamma=0.5)).value_targets  # discounted, the return is whole at the last token alone
-    for targets, mask, value in zip(late, batch.response_mask, RETURNS):
-        assert targets[mask][-1] == value and targets[mask][-2] == value / 2
+    for less in ("gamma", "lam"):  # then the return is whole at the last token alone
+        late = batch_of(arm_of("ppo", **{less: 0.5})).value_targets
+        for targets, mask, value in zip(late, batch.response_mask, RETURNS):
+            assert targets[mask][-1] == value and targets[mask][-2] == value / 2
 
 
 # The update
@@ -299,7 +303,7 @@ def test_a_value_moves_at_most_the_clip_range_in_an_update():
     """Where it has moved further towards its target, the clipped error is the larger one: no gradient is left."""
     arm = arm_of("ppo")
     batch = batch_of(arm)
-    for bias, alone in ((0.0, True), (0.4, True), (0.9, False)):
+    for bias, alone in ((0.0, True), (0.4, True), (0.6, False), (0.9, False)):
         arm.critic.head.bias.data.fill_(bias)
         batch.value_targets = batch.response_mask * 5.0
         gradient, = torch.autograd.grad(arm.loss(batch, batch)[0], arm.critic.head.bias)
@@ -764,7 +768,8 @@ def test_an_environment_can_be_named_as_module_and_class(corridor, monkeypatch):
     (["--steps", "-1"], "steps"), (["--steps", "many"], "steps"), (["--teach", "100001"], "teach"),
     (["--seeds", "0", "0"], "seeds"),
     (["--seeds"], "seeds"), (["--seeds", "18446744073709551616"], "seeds"), (["--seeds", "-1"], "seeds"),
-    (["--rollouts", "1"], "rollouts"),
+    (["--rollouts", "1"], "rollouts"), (["--step", "3"], "--step"),
+    (["--signal", "shift", "--temperature", "0.5"], "temperature"), (["--env-options", "size=6", "size=5"], "second"),
     (["--env-options", "size"], "env_options"), (["--env-options", "size=2"], "size"),
     (["--env-options", "size=4", "walls=0"], "no board"), (["--env-options", "colour=red"], "colour"),
     (["--model", "/no/such/model"], "model"), (["--device", "abacus"], "abacus"),
@@ -811,6 +816,9 @@ def test_a_credit_can_have_settings_of_its_own():
     batch = batch_of(arm)
     assert torch.allclose(batch.weights[batch.response_mask & ~batch.action_mask], torch.tensor(0.3))
     torch.testing.assert_close(batch.signal, -batch.old_logprobs * batch.response_mask)
+    own = {"clip_low": 0.1, "clip_high": 0.4, "entropy_coef": 0.5, "kl_coef": 0.1, "gamma": 0.9, "lam": 0.8}
+    settings = arm_of("grpo", "actfocus:" + ",".join(f"{name}={x}" for name, x in own.items())).settings
+    assert {name: getattr(settings, name) for name in own} == own
     assert arm_of("grpo", "carl:tree_forks=3").credit.tree_forks == 3
     for wrong in ("actfocus:alpha=2", "actfocus:alpha", "actfocus:steps=3", "actfocus:alpha=x", "actfocus:signal=loud",
                   "magic:lr=1", "uniform:signal=nll", "carl:alpha=0"):  # the last two weigh all alike
@@ -927,3 +935,106 @@ def test_the_same_seed_writes_the_same_metrics_and_another_seed_others(finished,
 def test_the_same_command_writes_the_same_metrics(finished, tmp_path):
     _, error = (process := start(tmp_path)).communicate(timeout=100)
     assert process.returncode == 0 and metrics(tmp_path) == metrics(finished[3]), error
+
+
+def test_a_random_signal_is_that_of_the_seed():
+    one, two = (batch_of(arm_of(signal="random")).signal for _ in range(2))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("boards", ["evaluation", "validation"])
+def test_every_board_that_evaluations_play_is_held_out(boards):
+    arm = arm_of(eval_boards=9, boards=boards)
+    assert arm.held_out == {arm.env.reset(seed=seed)[0] for seed in arm.settings.evaluation_seeds()}
+
+
+def test_minibatches_are_drawn_anew_in_every_step(monkeypatch):
+    arm, seen = scripted(arm_of(minibatch=2, lr=0.0)), []
+    monkeypatch.setattr(arm, "gradient", lambda batch: seen.append(batch.returns.tolist()) or Arm.gradient(arm, batch))
+    arm.step(), arm.step()
+    assert sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) == sorted(RETURNS) and seen[:3] != seen[3:]
+
+
+def test_gradients_are_scaled_down_to_norm_1_each_model_for_itself():
+    arm = arm_of("ppo")
+    learners, moves = [arm.policy, arm.critic], []
+    arm.optimizers = [torch.optim.SGD(x.parameters(), 1.0) for x in learners]
+    before = copy.deepcopy(learners)
+    for x in learners:
+        for p in x.parameters():
+            p.grad = torch.full_like(p, 10.0)
+    assert arm.update({})["grad_norm"] > 100  # before clipping
+    for old, new in zip(before, learners):
+        moves.append(sum((a - b).square().sum() for a, b in zip(old.parameters(), new.parameters())).sqrt().item())
+    assert moves == pytest.approx([1, 1], rel=1e-3)
+
+
+
+def test_a_boards_success_is_the_mean_over_its_own_rollouts(monkeypatch):
+    arm = arm_of(eval_boards=3, eval_rollouts=2)
+    data = trajectories_of(arm, RETURNS)
+    data.success = torch.tensor([True, True, False, False, True, False])
+    monkeypatch.setattr(arm, "play", lambda *_: data)
+    assert arm.evaluate()["eval_board_success"] == [1.0, 0.0, 0.5]
+
+
+def test_an_evaluations_luck_does_not_hang_on_the_trainings():
+    arm = arm_of(max_response_tokens=10)
+    first = arm.evaluate()
+    torch.rand(1, generator=arm.generator)
+    assert arm.evaluate() == first
+
+
+def test_log_probs_that_stay_fixed_are_at_the_sampling_temperature():
+    arm = arm_of(temperature=0.5)
+    batch = batch_of(arm)
+    log_p = torch.log_softmax(arm.policy(batch.ids).logits[:, :-1] / 0.5, -1).gather(-1, batch.ids[:, 1:, None])[..., 0]
+    for column in (batch.old_logprobs, batch.ref_logprobs):  # the policy is still the reference
+        torch.testing.assert_close(column[:, 1:], log_p * batch.response_mask[:, 1:], atol=1e-4, rtol=0)
+
+
+
+@pytest.mark.parametrize("name, ratio", [("clip_low", 0.9), ("clip_high", 1.1)])
+def test_ratios_are_clipped_where_the_settings_say(name, ratio):
+    arm = arm_of(**{name: 0.05})
+    batch = batch_of(arm)
+    batch.old_logprobs = batch.old_logprobs - float(np.log(ratio)) * batch.response_mask
+    log = arm.gradient(batch)
+    assert log["clip_fraction"] == log["n"]
+
+
+def test_a_credit_knows_the_step_of_its_run(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Arm, "step", lambda arm: seen.append(arm.credit.step) or {"updates": 0})
+    monkeypatch.setattr(Arm, "evaluate", lambda arm: {})
+    train.train_arm(Settings(**SMALL, out=str(tmp_path)), "grpo", "uniform", 0)
+    assert seen == [1, 2]
+
+
+def test_the_main_results_are_those_of_the_defaults():
+    made = json.loads((ROOT / "results" / "main" / "summary.json").read_text())["config"]
+    now = json.loads(json.dumps(dataclasses.asdict(Settings())))
+    assert {name for name in now if now[name] != made.get(name, now[name])} <= {"seeds"}
+    assert SettingsParser("train.py").parse_settings(["--env", "shop"])[0].keep == 1.0
+
+
+def test_the_gradients_share_is_of_squares_over_action_tokens():
+    arm = arm_of()
+    batch = batch_of(arm)
+    loss, hidden, _ = arm.loss(batch, batch)
+    squares = torch.autograd.grad(loss, hidden)[0].square().sum(1)
+    totals = arm.gradient(batch)
+    assert totals["grad_all"] == pytest.approx(squares.sum().item(), rel=1e-4)
+    of_actions = squares[batch.action_mask[batch.response_mask]].sum().item()
+    assert totals["grad_action"] == pytest.approx(of_actions, rel=1e-4)
+
+
+def test_what_a_steps_updates_say_is_counted_by_hand():
+    on, row = torch.tensor([[True, True, True, False]]), lambda *values: torch.tensor([values])
+    batch = SimpleNamespace(response_mask=on, action_mask=row(False, False, True, False),
+                            weights=row(0.1, 0.1, 1.3, 0.0), old_entropy=row(1.0, 3.0, 5.0, 99.0), energy=row(-1.0, -2.0, -7.0, 99.0),
+                            value_targets=row(1.0, 2.0, 6.0, 99.0), old_values=row(1.0, 0.0, 3.0, -99.0))
+    found = said_of_updates(batch, Counter(updates=2, n=6, policy_loss=4.0, grad_norm=6.0, value_loss=8.0, approx_kl=3.0))
+    expected = {"think_entropy": 2, "action_entropy": 5, "action_energy": -7, "weight_share_action": 1.3 / 1.5,
+                "policy_loss": 2, "grad_norm": 3, "value_loss": 4, "approx_kl": 0.5, "explained_variance": 1 - (7 / 3) / 7}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
