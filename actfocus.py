@@ -294,7 +294,7 @@ class Credit:
     """Plain PPO and GRPO. A method of credit assignment is a subclass with the answers in which it differs.
 
     arm: train.Arm; played: rollout.Trajectories; batch, minibatch: train.Batch. A class attribute that is a number, a
-    text or a bool is a setting, NAME:ATTRIBUTE=VALUE. `step` is the run's; what else it keeps is lost where a run resumes.
+    text or a bool is a setting, NAME:ATTRIBUTE=VALUE. `step` is the run's; the rest is lost where a run resumes.
     """
 
     algos = ("ppo", "grpo")  # what it goes with
