@@ -289,7 +289,6 @@ def rows(*runs, algo=None, credits=None, own="", seeds=range(99), label="", befo
 
 
 PAIR = {"credits": ("uniform", "actfocus")}
-FIRST = PAIR | {"algo": "grpo", "seeds": range(3)}
 TABLES = {  # name -> its rows, if not just those of the run of that name; its columns are those whose heads stand there
     "reasoning": lambda: rows("main", before=True),
     "energy": lambda: rows("main", "energy", algo="grpo"),
@@ -301,13 +300,11 @@ TABLES = {  # name -> its rows, if not just those of the run of that name; its c
     "rates": lambda: rows("rates", "rates-high"),
     "own-rate": lambda: rows("main", "own-rate", algo="grpo"),
     "no-filter": lambda: [*rows("main", **PAIR, algo="grpo", label="a quarter of the groups, 1 update (default)"),
-                          *rows("no-filter", **PAIR, own=":keep=1", label="all groups, 4 updates")],
-    "no-filter-earlier": lambda: [*rows("main-earlier", **FIRST, label="a quarter of the groups, 1 update (default)"),
-                                  *rows("no-filter-earlier", **FIRST, own=":keep=1,minibatch=128", label="all groups, 1 update"),
-                                  *rows("no-filter-earlier", **FIRST, own=":keep=1", label="all groups, 4 updates"),
-                                  *rows("no-filter-rates", **FIRST, own=":lr=3.3e-5", label="the same, lr 3.3e-5"),
-                                  *rows("no-filter-rates", **FIRST, own=":lr=1e-5", label="the same, lr 1e-5"),
-                                  *rows("no-filter-ppo", **FIRST | {"algo": "ppo"}, label="all groups, 4 updates")],
+                          *rows("no-filter-once", **PAIR, own=":keep=1,minibatch=128", label="all groups, 1 update"),
+                          *rows("no-filter", **PAIR, own=":keep=1", label="all groups, 4 updates"),
+                          *rows("no-filter-rates", **PAIR, own=":lr=3.3e-5", label="the same, lr 3.3e-5"),
+                          *rows("no-filter-rates", **PAIR, own=":lr=1e-5", label="the same, lr 1e-5"),
+                          *rows("no-filter-ppo", label="all groups, 4 updates")],
     "others": lambda: [*rows("frozenlake", label="frozenlake"), *rows("sudoku", label="sudoku"),
                        *rows("shop-kl", label="shop, group filter, KL 0.001")]}
 
