@@ -294,7 +294,7 @@ TABLES = {  # name -> its rows, if not just those of the run of that name; its c
     "energy": lambda: rows("main", "energy", algo="grpo"),
     "step-size": lambda: rows("main", "step-size", algo="grpo", seeds=range(3)),
     "rivals-sudoku": lambda: rows("sudoku", "rivals-sudoku", seeds=range(3)),
-    "rivals-sokoban": lambda: rows("main", "rivals-sokoban", algo="grpo", seeds=range(3)),
+    "rivals-sokoban": lambda: rows("main", "rivals-sokoban", algo="grpo"),
     "plan": lambda: [*rows("main", **PAIR, algo="grpo", label="the answer (default)"),
                      *rows("plan-think", label="the reasoning")],
     "rates": lambda: rows("rates", "rates-high"),
