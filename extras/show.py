@@ -139,7 +139,7 @@ pre {{ margin: .2rem 0; font: inherit; line-height: 1.25 }}
 [data-t]:hover::after, [data-t]:focus::after {{ content: attr(data-t); position: fixed; left: 0; right: 0; bottom: 0;
   padding: .6rem 1rem; background: #1f2328; color: #fff; white-space: pre-wrap; font-style: normal }}
 table {{ border-spacing: 0 .2rem; width: 100% }}
-td {{ padding: 0 .6rem 0 0; white-space: nowrap }} td:last-child {{ width: 60% }}
+td {{ padding: 0 .6rem 0 0 }} td + td {{ white-space: nowrap }} td + td + td {{ width: 60% }}
 meter {{ width: 100%; height: 1.6rem }}
 ::-webkit-meter-optimum-value {{ background: #ff7a4d }} ::-moz-meter-bar {{ background: #ff7a4d }}
 </style>
