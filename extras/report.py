@@ -292,7 +292,7 @@ PAIR = {"credits": ("uniform", "actfocus")}
 TABLES = {  # name -> its rows, if not just those of the run of that name; its columns are those whose heads stand there
     "reasoning": lambda: rows("main", before=True),
     "energy": lambda: rows("main", "energy", algo="grpo"),
-    "step-size": lambda: rows("main", "step-size", algo="grpo", seeds=range(3)),
+    "step-size": lambda: rows("main", "step-size", algo="grpo"),
     "rivals-sudoku": lambda: rows("sudoku", "rivals-sudoku", seeds=range(3)),
     "rivals-sokoban": lambda: rows("main", "rivals-sokoban", algo="grpo"),
     "plan": lambda: [*rows("main", **PAIR, algo="grpo", label="the answer (default)"),
