@@ -313,10 +313,10 @@ class Credit:
         return arm.play(seeds, self.settings.temperature, arm.generator)
 
     def filter(self, played):
-        """-> what is trained on, whole groups of G; empty: nothing to learn. Tokens may be taken out of the masks."""
+        """-> what is trained on; none: nothing to learn. `advantages` wants whole groups of G. Masks may shrink."""
         returns, keep = played.returns.view(self.settings.prompts, -1), self.settings.keep  # [P, G]
         groups = variance_filter(returns, keep=keep)
-        if keep == 1 and (self.algo == "ppo" or len(groups)):  # no filter: those without spread stay beside others
+        if keep == 1 and (self.algo == "ppo" or len(groups)):  # no filter: all stay, but GRPO needs some spread
             groups = torch.arange(len(returns))
         return played.select((groups[:, None] * returns.shape[1] + torch.arange(returns.shape[1])).flatten())
 

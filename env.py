@@ -53,7 +53,7 @@ class Env:
     """
 
     intro: str  # who the agent is, the rules and the symbols
-    actions: tuple[str, ...]  # beside it, if there, extras/ use ceiling(), gold(), facts() with fact_pattern, phrases
+    actions: tuple[str, ...]  # optional beside it, for extras/: ceiling(), gold(), facts() with fact_pattern, phrases
     format_penalty = 0.1
 
     def __init__(self, *, max_turns=5, actions_per_turn=2, max_actions=10, response_limit=400):

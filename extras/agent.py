@@ -31,7 +31,8 @@ from train import AGENTS, DEFAULTS, EVALUATION_SEED, Settings
 TAUGHT = {"sokoban": ({"walls": 0, "min_moves": 2, "max_moves": 6, "max_turns": 4, "max_actions": 8,
                        "observation": "coordinates"}, {}),
           "frozenlake": ({}, {"worse_noise": 0.95}),
-          "sudoku": ({"hint": True, "max_turns": 4, "max_actions": 8}, {"worse_noise": 0.3}),  # mistakes stay
+          # A wrong number is hard to mend.
+          "sudoku": ({"hint": True, "max_turns": 4, "max_actions": 8}, {"worse_noise": 0.3}),
           "shop": ({"products": 60, "page": 3}, {"noise": 0.1, "worse_noise": 0.6, "episodes": 2000})}
 # `--teach`: share of random moves, episodes an update, learning rate times the model's width
 FORMAT_NOISE, FORMAT_BATCH, LR_WIDTH = 0.75, 2, 0.1

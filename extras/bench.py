@@ -247,13 +247,13 @@ def rollouts(arguments=None):
             ended = time.perf_counter()
             runs.append((int(played.response_mask.sum()) / (middle - started), generated / (ended - middle)))
         ours, theirs = zip(*runs[1:])
-        median, ratio = statistics.median(ours), statistics.median(ours) / statistics.median(theirs)
+        our_median, their_median = statistics.median(ours), statistics.median(theirs)
         halfway, seconds = int(played.lengths.max()) // 2, math.nan
         if device.type == "cuda":
             seconds = replayed_step(model, options.batch, halfway, options.tokens)
         floor = options.batch * speed / bytes_of_a_step(model, options.batch, halfway)
-        print(f"| {turns} | {median:.0f} | {min(ours):.0f}-{max(ours):.0f} | {statistics.median(theirs):.0f} | "
-              f"{ratio:.1f} | {options.batch / seconds:.0f} | {floor:.0f} |", flush=True)
+        print(f"| {turns} | {our_median:.0f} | {min(ours):.0f}-{max(ours):.0f} | {their_median:.0f} | "
+              f"{our_median / their_median:.1f} | {options.batch / seconds:.0f} | {floor:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

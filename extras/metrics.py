@@ -8,7 +8,9 @@ def episodes(played):
     sampled = played.turn_ids >= 0
     tokens, action, turns = int(sampled.sum()), int(played.action_mask.sum()), int(played.turns.sum())
     think = played.logprobs[sampled & ~played.action_mask]
-    outcomes = {name: [float(x[name]) for x in played.outcome if name in x] for x in played.outcome for name in x}
+    outcomes = {}
+    for name, value in (item for outcome in played.outcome for item in outcome.items()):
+        outcomes.setdefault(name, []).append(float(value))
     return {"return": played.returns.mean().item(), "success": played.success.float().mean().item(),
             "format_valid": float((played.valid * played.turns).sum() / turns), "turns": turns / len(played),
             "think_tokens": (tokens - action) / turns, "action_tokens": action / turns, "generated_tokens": tokens,

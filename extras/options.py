@@ -16,7 +16,7 @@ OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "lr", "critic_lr
                 "lam", "entropy_coef", "kl_coef")  # those of train.Settings that a credit may have for itself
 MOST = 100_000  # boards, steps, trajectories: more is a slip of the keyboard, which would draw boards for hours
 SWITCH = {"true": True, "false": False}
-SETTINGS = "its settings: NAME:KEY=VALUE,KEY=VALUE"
+SYNTAX = "its settings: NAME:KEY=VALUE,KEY=VALUE"
 
 
 def make_credit(text, algo, settings):
@@ -29,9 +29,9 @@ def make_credit(text, algo, settings):
     try:
         parts = [pkgutil.resolve_name(part) if isinstance(part, str) else part for part in parts]
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"credits: {name!r} cannot be imported: {error} ({SETTINGS})") from None
+        raise ValueError(f"credits: {name!r} cannot be imported: {error} ({SYNTAX})") from None
     if not all(isinstance(part, type) and issubclass(part, Credit) for part in parts):
-        raise ValueError(f"credits: {name!r} is no subclass of Credit ({SETTINGS})")
+        raise ValueError(f"credits: {name!r} is no subclass of Credit ({SYNTAX})")
     if len(own) > len(dict(own)):
         raise ValueError(f"credits: {text!r} has a setting twice")
     answers = [answer for answer in vars(Credit) if answer[0] != "_"]

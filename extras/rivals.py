@@ -51,7 +51,7 @@ class Branch(Transcript):
         return super().respond(ids, logprobs)
 
     def fork(self):
-        """The episode as it stands, to be continued: what was sampled so far is context to it, no response of its."""
+        """The episode as it stands, to be continued: what was sampled so far is context, not its response."""
         other = copy.copy(self)
         other.ids, other.logprobs, other.rewards = list(self.ids), list(self.logprobs), list(self.rewards)
         other.turn_ids, other.env, other.valid = [-1] * len(self.ids), copy.deepcopy(self.env), []

@@ -42,7 +42,7 @@ def points():
             groups |= by_algo_and_credit(read(f"{run}/summary.json"))
         arms, rivals = groups["grpo", "actfocus"], groups["grpo", "uniform"]
         first = [groups.get(("grpo", credit), [])[:3] for credit in ALPHAS]  # the seeds that all runs have
-        finals = [np.mean([arm["final_success"] for arm in arms]) if arms else None for arms in first]
+        finals = [np.mean([arm["final_success"] for arm in three]) if three else None for three in first]
         made.append(Point(label, diagnosis["decided"]["all turns"], diagnosis["spearman"]["energy, action tokens"],
                           arms[0]["eval"]["fact_accuracy"][0], arms, rivals, finals))
     return made

@@ -6,12 +6,12 @@
 w min(rho A, clip(rho) A) = min(rho (w A), clip(rho) (w A)) for w >= 0: a token's weight may stand in its advantage. So
 all of TRL's settings keep their meaning, and (alpha, beta) = (1, 0) is GRPOTrainer bit for bit (where epsilon_high is
 set: else it is 0.28, the paper's). `weighting` has ActFocus's beta; GRPOConfig's is the KL penalty's. Weights have mean
-1 over all that is generated together; under TRL's default loss_type="dapo" that is the paper's division by their sum.
-
-A response is a run of tokens that TRL does not mask (`tool_mask`, or `env_mask` of a rollout_func). With tool calls,
-pattern="(?s)<tool_call>(.*?)</tool_call>" finds the actions. Images are refused. Tried with TRL 1.16.0 on a CPU, one
-and two processes. On several GPUs only the launcher changes; none was run, nor was vLLM: `accelerate launch --multi_gpu
---num_processes 8 trl_run.py`, `--use_deepspeed --zero_stage 3`, `--use_fsdp --fsdp_version 2` (without `playing`).
+1 over all that all processes generate together; with loss_type="dapo", TRL's default, that is the paper's division by
+their sum. KL penalty and entropy bonus stay unweighted. A response is a run of tokens that TRL does not mask
+(`tool_mask`, or `env_mask` of a rollout_func); pattern="(?s)<tool_call>(.*?)</tool_call>" finds tool calls.
+Tried with TRL 1.16.0 on a CPU, one and two processes. On several GPUs only the launcher changes; none was run, nor was
+vLLM: `accelerate launch --multi_gpu --num_processes 8 trl_run.py`, or with `--use_deepspeed --zero_stage 3`, or with
+`--use_fsdp --fsdp_version 2` (without `playing`).
 """
 
 import copy
@@ -93,12 +93,12 @@ class ActFocusTrainer(GRPOTrainer):
 
 
 def playing(make_env, max_response_tokens=100):
-    """A rollout_func: each prompt of the dataset is a board's seed, as text. The reward function gets the returns."""
+    """A rollout_func: each prompt of the dataset is a board's seed, as text. Rewards see returns and success."""
     from rollout import rollout
 
     def rollout_func(prompts, trainer):
         if trainer.is_fsdp_enabled:  # each forward pass is everybody's there, and one process plays longer than another
-            raise ValueError("playing: not under FSDP, where processes would wait for each other for ever")
+            raise ValueError("playing: not under FSDP, where processes would wait for ever; DDP or DeepSpeed")
         seeds = [int(prompt) for prompt in prompts]
         luck = hash((trainer.args.seed, trainer._step, *seeds)) % 2**63
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:

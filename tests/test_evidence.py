@@ -383,7 +383,6 @@ def test_the_study_has_every_setting_whose_files_are_there_and_its_rho_is_of_sha
     assert low <= rho <= high
 
 
-
 def test_arms_that_end_alike_are_level():
     config = dataclasses.asdict(Settings())
     arms = [arm(credit, 0, [0.4, 0.6]) for credit in ("uniform", "actfocus")]

@@ -503,7 +503,8 @@ def test_the_weights_gradient_is_handed_out_without_a_copy(monkeypatch):
     {"weights": torch.tensor([1.0, float("inf")]), "weight_sum": 1.0}, {"weights": torch.tensor([1.0, float("nan")])},
     {"advantages": torch.tensor([0.0, float("inf")])}, {"old_logprobs": torch.tensor([float("nan"), 0.0])},
     {"weights": torch.ones(3)}, {"old_logprobs": torch.zeros(2, 1)}, {"weight_sum": 0.0}, {"weight_sum": -1.0},
-    {"weight_sum": float("nan")}, {"weight_sum": float("inf")}, {"clip_low": 1.5}, {"clip_low": -0.1}, {"clip_high": -0.1}, {"temperature": 0.0},
+    {"weight_sum": float("nan")}, {"weight_sum": float("inf")}, {"clip_low": 1.5}, {"clip_low": -0.1},
+    {"clip_high": -0.1}, {"temperature": 0.0},
     {"bias": torch.zeros(49)}])
 def test_bad_arguments_of_the_loss_are_refused(change):
     arguments = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(50, 4), "targets": torch.tensor([0, 1]),
@@ -719,7 +720,6 @@ def test_targets_may_be_integers_of_any_size(dtype):
         assert torch.equal(a, b)
     one, two = (weighted_loss(hidden, weight, x, *columns(9))[0] for x in (targets, targets.to(dtype)))
     assert one == two
-
 
 
 def test_a_second_derivative_is_refused():

@@ -493,7 +493,8 @@ def test_an_episode_ends_where_the_next_turn_might_not_fit(agent):
         run(agent, n=2, max_context=30)
 
 
-@pytest.mark.parametrize("change", [{"temperature": 0.0}, {"temperature": math.inf}, {"max_response_tokens": 0}, {"n": 0, "envs": [1]}])
+@pytest.mark.parametrize("change", [{"temperature": 0.0}, {"temperature": math.inf}, {"max_response_tokens": 0},
+                                    {"n": 0, "envs": [1]}])
 def test_bad_arguments_are_refused(agent, change):
     with pytest.raises(ValueError):
         run(agent, **change)

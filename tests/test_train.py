@@ -969,7 +969,6 @@ def test_gradients_are_scaled_down_to_norm_1_each_model_for_itself():
     assert moves == pytest.approx([1, 1], rel=1e-3)
 
 
-
 def test_a_boards_success_is_the_mean_over_its_own_rollouts(monkeypatch):
     arm = arm_of(eval_boards=3, eval_rollouts=2)
     data = trajectories_of(arm, RETURNS)
@@ -991,7 +990,6 @@ def test_log_probs_that_stay_fixed_are_at_the_sampling_temperature():
     log_p = torch.log_softmax(arm.policy(batch.ids).logits[:, :-1] / 0.5, -1).gather(-1, batch.ids[:, 1:, None])[..., 0]
     for column in (batch.old_logprobs, batch.ref_logprobs):  # the policy is still the reference
         torch.testing.assert_close(column[:, 1:], log_p * batch.response_mask[:, 1:], atol=1e-4, rtol=0)
-
 
 
 @pytest.mark.parametrize("name, ratio", [("clip_low", 0.9), ("clip_high", 1.1)])
@@ -1032,9 +1030,11 @@ def test_the_gradients_share_is_of_squares_over_action_tokens():
 def test_what_a_steps_updates_say_is_counted_by_hand():
     on, row = torch.tensor([[True, True, True, False]]), lambda *values: torch.tensor([values])
     batch = SimpleNamespace(response_mask=on, action_mask=row(False, False, True, False),
-                            weights=row(0.1, 0.1, 1.3, 0.0), old_entropy=row(1.0, 3.0, 5.0, 99.0), energy=row(-1.0, -2.0, -7.0, 99.0),
+                            weights=row(0.1, 0.1, 1.3, 0.0), old_entropy=row(1.0, 3.0, 5.0, 99.0),
+                            energy=row(-1.0, -2.0, -7.0, 99.0),
                             value_targets=row(1.0, 2.0, 6.0, 99.0), old_values=row(1.0, 0.0, 3.0, -99.0))
-    found = said_of_updates(batch, Counter(updates=2, n=6, policy_loss=4.0, grad_norm=6.0, value_loss=8.0, approx_kl=3.0))
+    totals = Counter(updates=2, n=6, policy_loss=4.0, grad_norm=6.0, value_loss=8.0, approx_kl=3.0)
+    found = said_of_updates(batch, totals)
     expected = {"think_entropy": 2, "action_entropy": 5, "action_energy": -7, "weight_share_action": 1.3 / 1.5,
                 "policy_loss": 2, "grad_norm": 3, "value_loss": 4, "approx_kl": 0.5, "explained_variance": 1 - (7 / 3) / 7}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
