@@ -21,11 +21,11 @@ it, `ENVS["name"] = Class`, or name it as "module:Class" where a name is asked f
 import pkgutil
 import re
 from collections import deque
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
 
-SOLVED = {}  # (player, boxes, targets, walls, limit) -> Sokoban's shortest solution
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}  # (row, column), row 0 on top
 # A tag of the other kind inside a block means the structure is broken, so blocks must not contain tags.
 _BLOCK = r"((?:(?!</?(?:think|answer)>).)*)"
@@ -182,6 +182,23 @@ def shortest_path(start, neighbours, is_goal, limit=None):
     return None
 
 
+def push(player, boxes, walls, action):
+    """Sokoban's (player, boxes) after an action; unchanged where a wall or a second box is in the way."""
+    d_row, d_column = MOVES[action]
+    ahead = (player[0] + d_row, player[1] + d_column)
+    beyond = (ahead[0] + d_row, ahead[1] + d_column)
+    if ahead in walls or ahead in boxes and (beyond in walls or beyond in boxes):
+        return player, boxes
+    return ahead, boxes - {ahead} | {beyond} if ahead in boxes else boxes
+
+
+@lru_cache(maxsize=10_000)  # all rollouts of a group begin on one board
+def solution(player, boxes, targets, walls, limit=None):
+    """Sokoban's shortest list of moves to boxes on all targets, of at most `limit`, or None."""
+    return shortest_path((player, boxes), lambda state: ((action, push(*state, walls, action)) for action in MOVES),
+                         lambda state: state[1] == targets, limit)
+
+
 class Sokoban(Env):
     """Push every box onto a target. -0.1 a move, +1 / -1 when a box enters / leaves a target, +10 when solved.
 
@@ -221,40 +238,18 @@ class Sokoban(Env):
             self.boxes = frozenset(cells.pop() for _ in range(self.n_boxes))
             self.targets = frozenset(cells.pop() for _ in range(self.n_boxes))
             self.walls = frozenset(border.union(cells))
-            plan = self._search(self.max_moves)
+            plan = solution(self.player, self.boxes, self.targets, self.walls, self.max_moves)
             if plan is not None and len(plan) >= self.min_moves:
                 return
         raise RuntimeError(f"no board with a solution of {self.min_moves} to {self.max_moves} moves in 10000 draws")
 
-    def after(self, player, boxes, action):
-        """(player, boxes) after an action; unchanged where a wall or a second box is in the way."""
-        d_row, d_column = MOVES[action]
-        ahead = (player[0] + d_row, player[1] + d_column)
-        if ahead in self.walls:
-            return player, boxes
-        if ahead in boxes:
-            beyond = (ahead[0] + d_row, ahead[1] + d_column)
-            if beyond in self.walls or beyond in boxes:
-                return player, boxes
-            boxes = boxes - {ahead} | {beyond}
-        return ahead, boxes
-
-    def _search(self, limit=None):
-        key = self.player, self.boxes, self.targets, self.walls, limit
-        if key not in SOLVED:  # all rollouts of a group begin on one board
-            if len(SOLVED) == 10_000:
-                SOLVED.clear()
-            SOLVED[key] = shortest_path((self.player, self.boxes),
-                                        lambda state: ((action, self.after(*state, action)) for action in MOVES),
-                                        lambda state: state[1] == self.targets, limit)
-        return None if SOLVED[key] is None else list(SOLVED[key])
-
     def oracle(self):
-        return self._search()
+        plan = solution(self.player, self.boxes, self.targets, self.walls)
+        return None if plan is None else list(plan)
 
     def move(self, action):
         on_target = len(self.boxes & self.targets)
-        self.player, self.boxes = self.after(self.player, self.boxes, action)
+        self.player, self.boxes = push(self.player, self.boxes, self.walls, action)
         gained = len(self.boxes & self.targets) - on_target
         return -0.1 + gained + (10.0 if gained and self.solved() else 0.0)
 

@@ -7,7 +7,7 @@ claims one, true or not. Sokoban's stand here, so that env.py has the game alone
 import copy
 import re
 
-from env import MOVES, Sokoban
+from env import MOVES, Sokoban, push
 
 
 def relations(a, at, b, other):
@@ -39,7 +39,7 @@ def sokoban_facts(env):
         if ahead in env.walls:
             sentences.append(f"{action} {WALL}.")
         elif ahead in env.boxes:
-            stuck = env.after(env.player, env.boxes, action)[0] == env.player
+            stuck = push(env.player, env.boxes, env.walls, action)[0] == env.player
             sentences.append(f"{action} {BLOCKED if stuck else PUSH}.")
     return sentences
 
