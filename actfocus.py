@@ -37,7 +37,7 @@ ANSWER = "(?s)<answer>(.*?)</answer>"  # (?s): a dot is any character, a line's 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside any clip range, and exp() of a stray log-ratio stays finite
 
 
-def check(like, where=None, dtype=None, **tensors):
+def check_tensors(like, where=None, dtype=None, **tensors):
     """ValueError that names it unless each tensor has the shape of `like`, the `dtype`, and finite numbers `where`."""
     for name, x in tensors.items():
         if x.shape != like.shape:
@@ -94,8 +94,8 @@ def action_mask(tokenizer, ids, response_mask, turn_ids=None, pattern=ANSWER):
     An agent that calls tools: pattern="(?s)<tool_call>(.*?)</tool_call>". tokenizer: anything with decode and
     eos_token_id. ValueError: a mask of another shape or dtype.
     """
-    check(ids, dtype=torch.bool, response_mask=response_mask)
-    check(ids, turn_ids=ids if turn_ids is None else turn_ids)
+    check_tensors(ids, dtype=torch.bool, response_mask=response_mask)
+    check_tensors(ids, turn_ids=ids if turn_ids is None else turn_ids)
     turns = response_mask.long() if turn_ids is None else torch.where(response_mask, turn_ids + 1, 0)
     mask, pieces, pattern = torch.zeros(ids.shape, dtype=torch.bool), {}, re.compile(pattern)
     for row, (tokens, of_row) in enumerate(zip(ids.tolist(), turns.tolist())):
@@ -134,8 +134,8 @@ def token_weights(signal, action_mask, response_mask, *, alpha=0.1, beta=0.5, ep
     """
     check_range(0, 1, alpha=alpha)
     check_range(0, beta=beta)
-    check(response_mask, dtype=torch.bool, response_mask=response_mask, action_mask=action_mask)
-    check(response_mask, where=action_mask, signal=signal)
+    check_tensors(response_mask, dtype=torch.bool, response_mask=response_mask, action_mask=action_mask)
+    check_tensors(response_mask, where=action_mask, signal=signal)
     if (action_mask & ~response_mask).any():
         raise ValueError("action_mask marks a token outside response_mask")
     weights = response_mask.float() * alpha  # [B, T]
@@ -176,11 +176,11 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
     ValueError: another shape, a negative or non-finite weight or weight_sum, a value not finite where weights > 0.
     """
     logprobs, weights = at_least_float32(logprobs), at_least_float32(weights.detach())
-    check(logprobs, weights=weights)
+    check_tensors(logprobs, weights=weights)
     active = weights > 0
-    check(logprobs, where=active, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    check_tensors(logprobs, where=active, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     weight_sum = weights.sum() if weight_sum is None else torch.as_tensor(weight_sum, device=weights.device)
-    check(weight_sum, weight_sum=weight_sum)  # finite
+    check_tensors(weight_sum, weight_sum=weight_sum)  # finite
     if (weights < 0).any() or weight_sum < 0 or (weight_sum == 0 and active.any()):
         raise ValueError("weights must not be negative, and weight_sum must be the sum of the minibatch's weights")
     for name, bound, most in (("clip_low", clip_low, 1), ("clip_high", clip_high, float("inf"))):
@@ -210,7 +210,7 @@ def group_spread(returns, correction=1):
     """Standard deviation (by default the sample's) in each group, returns[P, G] -> [P] float64; rounding noise: 0."""
     if returns.dim() != 2 or 0 in returns.shape:
         raise ValueError(f"returns must be [P, G] and not empty, got shape {tuple(returns.shape)}")
-    check(returns, returns=returns)
+    check_tensors(returns, returns=returns)
     returns = returns.double()
     noise = 1e-6 * returns.abs().amax(1)
     deviation = returns.std(1, correction=min(correction, returns.shape[1] - 1))
@@ -236,8 +236,8 @@ def gae(rewards, values, response_mask, *, gamma=1.0, lam=1.0):
     the critic's target. values[b, t] is V before token t is written; what stands outside the mask is never read.
     """
     check_range(0, 1, gamma=gamma, lam=lam)
-    check(rewards, dtype=torch.bool, response_mask=response_mask)
-    check(rewards, where=response_mask, values=values, rewards=rewards)
+    check_tensors(rewards, dtype=torch.bool, response_mask=response_mask)
+    check_tensors(rewards, where=response_mask, values=values, rewards=rewards)
     rewards, values = at_least_float32(rewards), at_least_float32(values)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = values.new_zeros(len(values))  # [B]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from actfocus import Credit, check, check_range, group_advantages, group_spread
+from actfocus import Credit, check_range, check_tensors, group_advantages, group_spread
 from rollout import Transcript, begin, pack, play, score
 
 # CARL -----------------------------------------------------------------------------------------------------------------
@@ -267,9 +267,9 @@ def turn_gain_advantages(gain, turn_mask, returns, group, *, gamma=1.0, scale=0.
     """
     if gain.dim() != 2:
         raise ValueError(f"gain must be [B, K], got shape {tuple(gain.shape)}")
-    check(gain, dtype=torch.bool, turn_mask=turn_mask)
-    check(gain, where=turn_mask, gain=gain)
-    check(gain.sum(1), returns=returns, group=group)
+    check_tensors(gain, dtype=torch.bool, turn_mask=turn_mask)
+    check_tensors(gain, where=turn_mask, gain=gain)
+    check_tensors(gain.sum(1), returns=returns, group=group)
     check_range(0, 1, gamma=gamma)
     check_range(0, scale=scale)
     outcome = torch.zeros_like(returns, dtype=torch.float32)
@@ -298,7 +298,7 @@ def turn_clip_scale(normalised_gain, turn_mask, *, strength=0.3):
 
     The range of a turn is [1 - c * clip_low, 1 + c * clip_high]: wider where a turn brought more than its peers' did.
     """
-    check(normalised_gain, dtype=torch.bool, turn_mask=turn_mask)
+    check_tensors(normalised_gain, dtype=torch.bool, turn_mask=turn_mask)
     check_range(0, 1, strength=strength)
     factor = 1 + strength * (2 * torch.sigmoid(normalised_gain.float()) - 1)
     last = turn_mask & (turn_mask.flip(1).cumsum(1).flip(1) == 1)
@@ -311,7 +311,7 @@ def turn_logprobs(logprobs, old_logprobs, turn_ids):
     The ratio's value is exp(mean log-ratio of the turn's tokens), its gradient the token's own (straight-through).
     turn_ids: the turn of each response token, -1 elsewhere. A turn must not be split between calls.
     """
-    check(logprobs, where=turn_ids >= 0, old_logprobs=old_logprobs, turn_ids=turn_ids)
+    check_tensors(logprobs, where=turn_ids >= 0, old_logprobs=old_logprobs, turn_ids=turn_ids)
     log_ratio = torch.where(turn_ids >= 0, (logprobs - old_logprobs).detach(), 0.0)  # [B, T]
     turns = int(turn_ids.max()) + 1 if turn_ids.numel() else 0
     place = turn_ids.clamp(min=-1) + 1  # [B, T], 0: no response token
