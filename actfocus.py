@@ -19,8 +19,8 @@ algorithm itself, bit for bit. This file needs torch and nothing else: copy it. 
     loss, stats = weighted_policy_loss(logprobs, old_logprobs, advantages, weights)      # all [B, T - 1]
 
 Shapes, here and in the other files: B trajectories, T tokens, N flattened tokens, V vocabulary, H hidden size, P
-prompts, G rollouts of a prompt. Column t of a [B, T] tensor of log-probs, energies or weights is of token t (in these
-lines, which cut the first column, of token t + 1). Masks are bool: response_mask marks the tokens that the policy
+prompts, G rollouts of a prompt. Column t of a [B, T] tensor of log-probs, energies or weights is of token t (above,
+where the first column is cut, of token t + 1). Masks are bool: response_mask marks the tokens that the policy
 sampled, action_mask those of them that hold a character between `<answer>` and `</answer>`.
 """
 
@@ -148,7 +148,7 @@ def token_weights(signal, action_mask, response_mask, *, alpha=0.1, beta=0.5, ep
 
 
 def token_logprobs(logits, targets):
-    """Log-probs [n] of targets[n] under raw logits[n, V]."""
+    """Log-probs [n] of targets[n] under logits[n, V]."""
     return at_least_float32(logits).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
@@ -294,7 +294,7 @@ class Credit:
     """Plain PPO and GRPO. A method of credit assignment is a subclass with the answers in which it differs.
 
     arm: train.Arm; played: rollout.Trajectories; batch, minibatch: train.Batch. A class attribute that is a number, a
-    text or a bool is a setting, NAME:ATTRIBUTE=VALUE. `step` is the run's; the rest is lost where a run resumes.
+    text or a bool is a setting, NAME:ATTRIBUTE=VALUE. `step` counts from 1; what else it keeps, --resume forgets.
     """
 
     algos = ("ppo", "grpo")  # what it goes with
@@ -313,7 +313,7 @@ class Credit:
         return arm.play(seeds, self.settings.temperature, arm.generator)
 
     def filter(self, played):
-        """-> what is trained on; none: nothing to learn. `advantages` wants whole groups of G. Masks may shrink."""
+        """-> what is trained on; none: nothing to learn. `advantages` wants whole groups of G. May clear masks."""
         returns, keep = played.returns.view(self.settings.prompts, -1), self.settings.keep  # [P, G]
         groups = variance_filter(returns, keep=keep)
         if keep == 1 and (self.algo == "ppo" or len(groups)):  # no filter: all stay, but GRPO needs some spread
@@ -337,6 +337,10 @@ class Credit:
     def normaliser(self, minibatch):
         """What the sum of the tokens' losses is divided by."""
         return minibatch.weights.sum()
+
+    def metrics(self, batch):
+        """Numbers of its own for the step's line in the log, {name: number}, asked after the updates."""
+        return {}
 
 
 class ActFocus(Credit):

@@ -12,7 +12,7 @@ By the chain rule, with a = d loss / d logprob and e = d loss / d entropy of the
 
 and for ActFocus's loss, -w min(rho A, clip(rho) A) / weight_sum with rho = exp(logprob - old_logprob),
 
-    a = -w rho A / weight_sum where rho A <= clip(rho) A, else 0            e = -entropy_coef                        (2)
+    a = -w rho A / weight_sum where rho A is the minimum, else 0            e = -entropy_coef                        (2)
 
 So `weighted_loss` can turn the logits of a block of tokens into (1) while they are there, and multiply that into the
 gradients of hidden and weight: three products, the fewest possible. `token_stats` gives the numbers; for a gradient, it
@@ -195,9 +195,9 @@ def weighted_loss(hidden, weight, targets, old_logprobs, advantages, weights, *,
         clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [n], as are the others
         return log_ratio, ratio, clipped, torch.minimum(ratio * advantages[rows], clipped * advantages[rows])
 
-    def coefficients(rows, logprob):  # equation (2): where it moves, least is rho A
+    def coefficients(rows, logprob):  # equation (2): where it moves, rho A is the minimum
         log_ratio, ratio, _, least = objective(rows, logprob)
-        moves = (ratio * advantages[rows] <= least) & (log_ratio.abs() < MAX_LOG_RATIO)
+        moves = (ratio * advantages[rows] == least) & (log_ratio.abs() < MAX_LOG_RATIO)
         return torch.where(moves, -weights[rows] * least / total, 0.0), torch.zeros_like(ratio) - entropy_coef
     (logprobs, _, entropy), gradients = _one_pass(inputs, targets.long(), temperature, rows,
                                                   coefficients if torch.is_grad_enabled() else None, block_tokens)
