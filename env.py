@@ -67,26 +67,26 @@ class Env:
 
     def instance(self):
         """Draw a new instance from `self.rng`."""
-        raise NotImplementedError
+        raise NotImplementedError("an environment has instance()")
 
     def move(self, action):
         """Play one action, return its reward."""
-        raise NotImplementedError
+        raise NotImplementedError("an environment has move()")
 
     def render(self):
         """The state as text."""
-        raise NotImplementedError
+        raise NotImplementedError("an environment has render()")
 
     def solved(self):
-        raise NotImplementedError
+        raise NotImplementedError("an environment has solved()")
 
     def failed(self):
         """Whether the episode is lost for good."""
         return False
 
     def oracle(self):
-        """A shortest list of actions to the goal from here, or None where there is none; demonstrations play it."""
-        raise NotImplementedError
+        """A shortest list of actions to the goal from here, or None; demonstrations and the ceiling play it."""
+        raise NotImplementedError("there is no oracle()")
 
     def read(self, text):
         """The action that a piece of an answer names, None if it names none."""

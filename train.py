@@ -28,12 +28,12 @@ import torch
 from torch import nn
 
 import env as environments
-from actfocus import CREDITS, SIGNALS, Credit, Critic, gae, token_logprobs, weighted_policy_loss
+from actfocus import CREDITS, SIGNALS, Credit, Critic, check_tensors, gae, token_logprobs, weighted_policy_loss
 from kernels import logits_by_block, token_stats, weighted_loss
 from rollout import Trajectories, load_agent, rollout, score, states, to_tokens
 
 AGENTS = Path(__file__).resolve().parent / "extras" / "agents"  # the built-in ones, taught by `python -m extras.agent`
-# What differs from the defaults: no filter on FrozenLake (in the paper, under GRPO) and in the shop; Sudoku is wordy.
+# An environment's own: no filter on FrozenLake (in the paper, under GRPO) and in the shop; Sudoku is wordy.
 DEFAULTS = {"frozenlake": {"keep": 1.0}, "shop": {"keep": 1.0}, "sudoku": {"max_response_tokens": 140}}
 EVALUATION_SEED, VALIDATION_SEED = 1_000_000_000, 2_000_000_000  # training boards are drawn from below both
 EVAL_TEMPERATURE = 0.5  # as in the paper
@@ -152,7 +152,7 @@ def score_logits(model, ids, response_mask, old_logprobs, *functions):
     """Each function(logits[n, V], targets[n], old_logprobs[n]) -> [n], of a model's raw logits, as [B, T] tensors."""
     hidden, weight, bias, targets = states(model, ids, response_mask)
     old_logprobs = old_logprobs[response_mask]
-    made = {function: torch.zeros(len(targets), device=ids.device) for function in functions}  # once if two are alike
+    made = {function: torch.zeros(len(targets), device=ids.device) for function in functions}  # equal ones run once
     with torch.autocast(ids.device.type, enabled=False):
         for rows, logits in logits_by_block(hidden, weight, bias):
             for function, values in made.items():
@@ -203,11 +203,12 @@ class Arm:
             batch, totals = self.score(chosen), Counter()
             batch.advantages = self.credit.advantages(batch)  # [B, T]
             batch.weights = self.credit.weights(batch).where(batch.response_mask, 0.0)  # [B, T]
+            check_tensors(batch.ids, where=batch.weights > 0, advantages=batch.advantages)
             order = torch.from_numpy(self.rng.permutation(len(batch))).to(batch.ids.device)
             for minibatch in map(batch.select, order.split(s.minibatch)):
                 if minibatch.weights.any():  # else Adam's momentum alone would move the policy
                     totals.update(self.update(self.gradient(minibatch)))
-            metrics |= metrics_of.updates(batch, totals)
+            metrics |= metrics_of.updates(batch, totals) | self.credit.metrics(batch)
         return metrics | {"seconds": time.perf_counter() - started,
                           "tokens_per_second": metrics["generated_tokens"] / metrics["rollout_seconds"]}
 
@@ -255,7 +256,7 @@ class Arm:
         n, tokens = trained.sum(), (minibatch.weights > 0).sum().clamp(min=1)
         weight_sum, entropy_share = self.credit.normaliser(minibatch), s.entropy_coef / tokens
         hidden, weight, bias, targets = states(self.policy, part.ids, mask)
-        if type(self.credit).ratio is Credit.ratio and not s.kl_coef:  # all in one pass
+        if type(self.credit).ratio is Credit.ratio and not s.kl_coef:  # the usual ratio, no other loss: one pass
             loss, stats = weighted_loss(hidden, weight, targets, part.old_logprobs[mask], part.advantages[mask],
                                         part.weights[mask], bias=bias, temperature=s.temperature, clip_low=s.clip_low,
                                         clip_high=s.clip_high, weight_sum=weight_sum, entropy_coef=entropy_share)
@@ -315,8 +316,8 @@ def train_arm(settings, algo, credit, seed):
         try:
             line |= arm.step() if step else {}
             line |= arm.evaluate() if evaluating or step == s.steps else {}
-        except (FloatingPointError, ValueError) as error:
-            raise ValueError(f"{algo} {credit} seed {seed}, step {step}: {runs.located(error)}") from None
+        except Exception as error:  # a credit, an environment or a model may be the user's own
+            raise ValueError(f"{algo} {credit} seed {seed}, step {step}: {runs.located(error)}") from error
         if files.record(line, arm, checkpoint=evaluating or step == s.steps):
             return
 

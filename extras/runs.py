@@ -122,9 +122,10 @@ class ArmFiles:
 
 
 def located(error):
-    """The words of an error, and where it arose: a credit or an environment may be the user's own."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{error} ({Path(place.filename).name}, line {place.lineno})"
+    """The words of an error in a line, and the last place outside of libraries that it went through."""
+    place = [x for x in traceback.extract_tb(error.__traceback__) if "site-packages" not in x.filename][-1]
+    kind = "" if isinstance(error, (ValueError, FloatingPointError)) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def saving_memory(arm, method):
@@ -187,11 +188,15 @@ def begin(settings, resume):
         before = default | json.loads((out / "settings.json").read_text())  # an older version may not know all of them
         # Arms do not meet, so there may be more of them.
         grown = [name for name in ("seeds", "algos", "credits") if set(before[name]) <= set(now[name])]
+        if before["steps"] <= now["steps"] and before["steps"] % now["eval_every"] == 0:  # evaluations stay in step
+            grown.append("steps")
         changed = [name for name in now if name not in ("out", "jobs", *grown) and now[name] != before.get(name)]
         if changed:
             named = (f"{name} ({before.get(name)}, now {now[name]})" for name in changed)
             raise ValueError(f"resume: {out} was begun with another {', '.join(named)}")
     else:
+        if resume:
+            print(f"train.py: there is nothing to resume in {out}: this is a new run", file=sys.stderr)
         for made in ("arms", "agent"):
             shutil.rmtree(out / made, ignore_errors=True)
     write(out / "settings.json", json.dumps(now, indent=1) + "\n")
@@ -270,14 +275,23 @@ def run_arms(train_arm, settings, arms, report):
         pool.shutdown(cancel_futures=True)  # waits: Python must not exit while the pool's own thread closes its pipes
 
 
+def without_format(settings):
+    """What to do where not one response has the form that the environment wants."""
+    taught = Path(settings.base) / "env.json"
+    known = json.loads(taught.read_text()) if taught.exists() else {settings.env: {}}
+    if settings.env not in known:
+        return f"This agent knows another game: --env {' or '.join(known)}"
+    if settings.model == "tiny":
+        return "The built-in agent knows the boards of its env.json alone, which --env-options replace as a whole"
+    return "--teach 32 teaches a model the format first"
+
+
 def hint(line, idle, settings):
     """What a user should know at once about a line of the log, or None. idle: {arm: steps in a row without update}."""
     arm = f"{line['algo']} {line['credit']} seed {line['seed']}"
     if line["step"] == 0 and line["eval_format_valid"] == 0:
-        why = ("The built-in agent knows no other boards than those of its env.json, which --env-options replace as a "
-               "whole" if settings.model == "tiny" else "--teach 32 teaches a model the format first")
         return ("not one response has the form <think>...</think><answer>...</answer> with a known action, so all "
-                f"returns are alike and nothing can be learnt. {why}")
+                f"returns are alike and nothing can be learnt. {without_format(settings)}")
     idle[arm] = 0 if line.get("updates", 1) else idle[arm] + 1
     if idle[arm] == 3:
         return f"{arm}: three steps without an update: in none did a group's rollouts differ in their return"
@@ -288,6 +302,7 @@ def compare(train_arm, settings, agent):
     from extras.report import conclude  # here, because it writes with `write`
     out, started, s, idle, said = Path(settings.out), time.perf_counter(), settings, Counter(), set()
     arms = [(algo, credit, seed) for seed in s.seeds for algo in s.algos for credit in s.credits]
+    longest = max(map(len, s.credits))
     shown = {name: f"eval_{name}" for name in s.make_env().reset(seed=0)[1]} | {"valid": "eval_format_valid"}
     with tqdm(total=len(arms) * (s.steps + 1), desc=f"{len(arms)} arms", unit="step", smoothing=0.05) as bar, \
             open(out / "metrics.jsonl", "w") as file:
@@ -298,7 +313,7 @@ def compare(train_arm, settings, agent):
                 said.add(words)
                 bar.write(words)
             if "eval_success" in line:
-                bar.write(f"{line['algo']:<4} {line['credit']:<8} seed {line['seed']}  step {line['step']:>3}  "
+                bar.write(f"{line['algo']:<4} {line['credit']:<{longest}} seed {line['seed']}  step {line['step']:>3}  "
                           + "  ".join(f"{name} {100 * line[key]:5.1f} %" for name, key in shown.items()))
             bar.update()
         run_arms(train_arm, s, arms, report)

@@ -23,7 +23,7 @@ import torch
 from actfocus import ActFocus, Credit, group_advantages
 from env import draw_boards
 from extras.options import SettingsParser, make_credit
-from extras.runs import load_checkpoint
+from extras.runs import load_checkpoint, without_format
 from train import EVALUATION_SEED, Arm
 
 # logprob: the policy's; reference: the frozen reference's
@@ -63,6 +63,7 @@ def agent_at(parser, checkpoint, arguments=None):
         if saved["agent"] != arm.agent:
             parser.error(f"{checkpoint} was trained from agent {saved['agent']}, but {settings.agent} is {arm.agent}")
         arm.policy.load_state_dict(saved["learners"][0])
+        arm.credit.step = saved["step"]
     return arm, options
 
 
@@ -91,6 +92,12 @@ def turns(arm, batch, row):
         board = env.render().splitlines()
         shown.append((board, tokens, env.step(batch.texts[row][turn])[1]))
     return shown, env.render().splitlines()
+
+
+def reasoning_weighs(shown):
+    """The weight of an episode's reasoning as text: 0.1, or from the least to the most where a credit varies it."""
+    weights = [token.weight for _, tokens, _ in shown for token in tokens if not token.is_action]
+    return " to ".join(dict.fromkeys(f"{x:.3g}" for x in (min(weights), max(weights))))
 
 
 def shaded(text, weight, is_action, beta, colour):
@@ -144,7 +151,7 @@ meter {{ width: 100%; height: 1.6rem }}
 ::-webkit-meter-optimum-value {{ background: #ff7a4d }} ::-moz-meter-bar {{ background: #ff7a4d }}
 </style>
 <h1>{title}</h1>
-<p>Reasoning and tags weigh {alpha:g}; action tokens 1 to {high:g}, the redder the more. Point at a token for its
+<p>Reasoning and tags weigh {alpha}; action tokens 1 to {high:g}, the redder the more. Point at a token for its
 numbers, or press Tab and then the arrow keys.</p>
 <table><tr><td colspan="3">The action tokens' share in the group's {episodes} episodes</td></tr>
 {bars}</table>
@@ -194,7 +201,7 @@ def page(shown, last, title, settings, shares):
                     f"{sum(reward for *_, reward in shown):+.1f}</p></section>")
     bars = "".join(f'<tr><td>{name}</td><td>{100 * x:.0f} %</td>'
                    f'<td><meter value="{x:.4f}">{100 * x:.0f} %</meter></td></tr>\n' for name, x in shares)
-    return PAGE.format(title=html.escape(title), alpha=s.alpha, high=1 + s.beta, episodes=s.rollouts, bars=bars,
+    return PAGE.format(title=html.escape(title), alpha=reasoning_weighs(shown), high=1 + s.beta, episodes=s.rollouts, bars=bars,
                        sections="\n".join(sections))
 
 
@@ -223,13 +230,13 @@ def main(arguments=None):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows no √
     colour, width = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), shutil.get_terminal_size((110, 24)).columns
     say = lambda text: print(textwrap.fill(text, width))
-    say(f"{title}. Reasoning weighs {s.alpha}, action tokens 1 to {1 + s.beta}, "
+    say(f"{title}. Reasoning weighs {reasoning_weighs(shown)}, action tokens 1 to {1 + s.beta}, "
         + ("the redder the more." if colour else "as in [Up 1.23]."))
     for line in arm.env.system_prompt.splitlines():
         if line.startswith("Symbols:"):
             say(line)
     if not batch.valid.any():
-        say("Not one response of the group has the format: nothing is learnt from it (train.py --teach 32 mends that).")
+        say(f"Not one response of the group has the format: nothing is learnt from it. {without_format(s)}")
     for number, (board, tokens, reward) in enumerate(shown, 1):
         print(f"\nturn {number}")
         print("\n".join(beside(board, [shaded(*token[:3], s.beta, colour) for token in tokens], width)))
