@@ -1,9 +1,11 @@
 """The command line: an option for each field of train.Settings, what a credit's text means, and errors of one line."""
 
 import argparse
+import difflib
 import itertools
 import json
 import pkgutil
+import re
 import sys
 from dataclasses import fields, replace
 
@@ -16,16 +18,16 @@ OWN_SETTINGS = ("alpha", "beta", "signal", "keep", "minibatch", "lr", "critic_lr
                 "lam", "entropy_coef", "kl_coef")  # those of train.Settings that a credit may have for itself
 MOST = 100_000  # boards, steps, trajectories: more is a slip of the keyboard, which would draw boards for hours
 SWITCH = {"true": True, "false": False}
-SYNTAX = "its settings: NAME:KEY=VALUE,KEY=VALUE"
+SYNTAX = "settings: NAME:KEY=VALUE,KEY=VALUE; joined: NAME+NAME; several: a space between"
 
 
 def make_credit(text, algo, settings):
     """'carl+actfocus:alpha=0.3,tree_forks=16' -> a Credit that answers as both do, with settings of its own."""
-    name, _, own = text.rpartition(":") if "=" in text else (text, "", "")
+    name, _, own = text.rpartition(":") if "=" in text and ":" in text else (text, "", "")
     own = [option.partition("=")[::2] for option in own.split(",") if option]
     parts = [CREDITS.get(part, part) for part in name.split("+")]
     if unknown := [part for part in parts if isinstance(part, str) and ":" not in part]:
-        raise ValueError(f"credits: {unknown[0]!r} is not one of {', '.join(CREDITS)}, or module:Class")
+        raise ValueError(f"credits: {unknown[0]!r} is not one of {', '.join(CREDITS)}, or module:Class ({SYNTAX})")
     try:
         parts = [pkgutil.resolve_name(part) if isinstance(part, str) else part for part in parts]
     except (ImportError, AttributeError, ValueError) as error:
@@ -38,12 +40,15 @@ def make_credit(text, algo, settings):
     own_answers = [x for part in parts for x in answers if part is Credit or getattr(part, x) is not getattr(Credit, x)]
     if twice := {answer for answer in own_answers if own_answers.count(answer) > 1} - {"check", "algos"}:
         raise ValueError(f"credits: {name!r} joins methods that both have {', '.join(sorted(twice))} of their own")
+    for part, x in ((part, x) for part in parts for x in dir(part) if not hasattr(Credit, x)):
+        if meant := difflib.get_close_matches(x, answers, 1, cutoff=0.85):
+            raise ValueError(f"credits: nobody asks {part.__name__} for {x}: is {meant[0]} meant?")
     try:
         # Each answers where it differs from plain PPO and GRPO, and goes with what all of them go with.
         algos = tuple(name for name in Credit.algos if all(name in part.algos for part in parts))
         credit = type(name, tuple(parts), {"algos": algos})(algo, settings)
-    except TypeError:
-        raise ValueError(f"credits: {name!r} cannot be joined") from None
+    except TypeError as error:
+        raise ValueError(f"credits: {name!r} cannot be made: {error}") from None
     for key, value in own:
         is_credits = key[:1] != "_" and type(getattr(type(credit), key, None)) in (str, int, float, bool)
         unread = key in ("alpha", "beta", "signal") and type(credit).weights is Credit.weights
@@ -85,9 +90,11 @@ def check(settings):
         for value in values if isinstance(values, tuple) else (values,):
             high = high or (MOST if isinstance(value, int) else sys.float_info.max)
             if choices and value not in choices:
-                raise ValueError(f"{f.name}: {value!r} is not one of {', '.join(choices)}")
+                mine = " (a method of your own is a credit)" if f.name == "algos" else ""
+                raise ValueError(f"{f.name}: {value!r} is not one of {', '.join(choices)}{mine}")
             if not isinstance(value, str) and not low <= value <= high:
-                raise ValueError(f"{f.name}: {value} is not in [{low}, {high}]")
+                most = f"in [{low}, {high}]" if high < sys.float_info.max else f"a finite number of at least {low}"
+                raise ValueError(f"{f.name}: {value} is not {most}")
         if isinstance(values, tuple) and f.name != "env_options" and not 0 < len(values) == len(set(values)):
             raise ValueError(f"{f.name}: name at least one, and none twice")
     if settings.signal not in SIGNALS:
@@ -123,6 +130,11 @@ class SettingsParser(OneLineParser):
                 "nargs": "+" if many else None, "metavar": f.name.split("_")[-1].upper()}
             self.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                               help=text.replace("%", "%%"), **kind)
+
+    def parse_known_args(self, args=None, namespace=None):  # --eval_boards is --eval-boards
+        given = sys.argv[1:] if args is None else args
+        args = [re.sub("^--[a-z_]+", lambda name: name[0].replace("_", "-"), x) for x in given]
+        return super().parse_known_args(args, namespace)
 
     def parse_settings(self, arguments=None, **settings):
         """-> (Settings, the options that are none). settings: values that go before those of the command line."""

@@ -190,8 +190,20 @@ def test_a_finished_run_takes_more_seeds_and_credits_and_keeps_what_it_has(whole
         assert code == 2 and error.count("\n") == 1 and re.sub(r" \(.*?\)", "", error).endswith(f"another {name}\n"), error
 
 
+@pytest.mark.slow
+def test_a_run_that_is_prolonged_is_the_longer_run(whole, tmp_path):
+    out = tmp_path / "run"
+    code, _, error = run("--out", out, *ONE, "--steps", "2", "--resume")
+    assert code == 0 and f"nothing to resume in {out}: this is a new run" in error
+    code, _, error = run("--out", out, *ONE, "--resume")
+    assert code == 0 and metrics(out) == metrics(whole) and "nothing to resume" not in error
+
+
 def test_other_settings_and_another_agent_are_refused_and_named(whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "run")
+    for steps in ("2", "4"):  # fewer, or more where the last evaluation would stand between two others
+        code, _, error = run("--out", out, *ONE, "--resume", "--steps", steps)
+        assert code == 2 and f"another steps (3, now {steps})" in error
     code, _, error = run("--out", out, *ONE, "--resume", "--lr", "0.5", "--gamma", "0.9")
     assert code == 2 and error.count("\n") == 1 and "lr" in error and "gamma" in error and "minibatch" not in error
     model, tokenizer = load_agent(train.Settings().agent, "cpu")
@@ -802,8 +814,9 @@ def test_three_steps_without_an_update_are_said_once_an_arm():
             for step, updates in enumerate([0, 0, 1, 0, 0, 0, 0], 1)]
     assert said == [False, False, False, False, False, True, False]
     assert runs.hint(line | {"step": 0}, Counter(), settings) is None
-    for model, advice in (("tiny", "knows no other boards"), (settings.base, "--teach 32")):
-        said = runs.hint(line | {"step": 0, "eval_format_valid": 0.0}, Counter(), train.Settings(model=model))
+    for model, env, advice in (("tiny", "sokoban", "knows the boards of its env.json"), (settings.base, "sokoban", "--teach 32"),
+                               (settings.base, "sudoku", "another game: --env sokoban")):
+        said = runs.hint(line | {"step": 0, "eval_format_valid": 0.0}, Counter(), train.Settings(model=model, env=env))
         assert "nothing can be learnt" in said and advice in said
 
 

@@ -28,7 +28,7 @@ from extras import runs
 from extras.agent import teach
 from extras.guard import load_tokenizer
 from extras.metrics import updates as said_of_updates
-from extras.options import SettingsParser
+from extras.options import SettingsParser, make_credit
 from rollout import Chat, Transcript, load_agent, pack, score
 from train import Arm, Settings
 
@@ -188,6 +188,7 @@ def test_a_step_follows_the_gradient_of_the_papers_loss(monkeypatch, algo, credi
     arm.optimizers = [torch.optim.SGD(part.parameters(), 1.0) for part in learners]
     metrics = arm.step()
     assert metrics["updates"] == 1 and metrics["skipped_updates"] == 0
+    assert all(p.grad is None for part in learners for p in part.parameters())  # or the next update would hold this one
     for old, new, gradient in zip(before.parameters(), arm.policy.parameters(), expected):
         torch.testing.assert_close(old - new, gradient.float(), atol=1e-5, rtol=1e-3)
     assert sum(float(x.square().sum()) for x in expected) > 1e-4
@@ -529,6 +530,36 @@ def test_a_slip_in_a_credit_of_ones_own_is_named_with_its_place(tmp_path, monkey
     assert f"grpo mine seed 0, step 1: too many values to unpack (expected 2) (test_train.py, line {weights.__code__.co_firstlineno + 1})" in error
 
 
+@pytest.mark.parametrize("name, answer, words", [
+    ("advantages", lambda self, batch: batch.returns[:, None], r"advantages has shape \(6, 1\), expected \(6, \d+\)"),
+    ("advantages", lambda self, batch: torch.full(batch.ids.shape, torch.nan), "advantages is not finite"),
+    ("weights", lambda self, batch: batch.reward, r"AttributeError: 'Batch' object has no attribute 'reward' \(test_tr"),
+    ("normaliser", lambda self, batch: {}["sum"], r"KeyError: 'sum' \(test_train.py, line \d+\)$"),
+    ("weights", lambda self, batch: batch.returns[:2] @ batch.returns, r"RuntimeError: .*\(test_train.py, line \d+\)$")])
+def test_a_wrong_answer_of_a_credit_of_ones_own_is_named(tmp_path, monkeypatch, name, answer, words):
+    monkeypatch.setitem(CREDITS, "mine", type("Mine", (Credit,), {name: answer}))
+    monkeypatch.setattr(Credit, "play", lambda self, arm, boards: trajectories_of(arm, RETURNS))
+    settings = Settings(**SMALL | {"rollouts": 3}, credits=("mine",), algos=("grpo",), out=str(tmp_path))
+    with pytest.raises(ValueError, match="^grpo mine seed 0, step 1: " + words):
+        train.train_arm(settings, "grpo", "mine", 0)
+
+
+def test_an_answer_that_nobody_asks_for_is_refused(monkeypatch):
+    for slip, meant in (("advantage", "advantages"), ("normalizer", "normaliser"), ("weight", "weights")):
+        monkeypatch.setitem(CREDITS, "mine", type("Mine", (Credit,), {slip: lambda self, batch: None}))
+        with pytest.raises(ValueError, match=f"nobody asks Mine for {slip}: is {meant} meant"):
+            make_credit("mine", "grpo", Settings())
+    monkeypatch.setitem(CREDITS, "mine", type("Mine", (Credit,), {"__init__": lambda self, algo: None}))
+    with pytest.raises(ValueError, match="'mine' cannot be made: .* takes 2 positional arguments but 3 were given"):
+        make_credit("mine", "grpo", Settings())
+
+
+def test_a_credit_logs_numbers_of_its_own(monkeypatch):
+    arm = scripted(arm_of())
+    monkeypatch.setattr(type(arm.credit), "metrics", lambda self, batch: {"heaviest": float(batch.weights.max())})
+    assert 1 < arm.step()["heaviest"] <= 1.5
+
+
 def test_a_metric_that_is_no_number_is_named(tmp_path):
     line = {"algo": "grpo", "credit": "mine", "seed": 3, "step": 7, "think_nll": None, "length": float("nan")}
     with pytest.raises(ValueError, match="grpo mine seed 3, step 7: the metric length is nan"):
@@ -762,7 +793,10 @@ def test_an_environment_can_be_named_as_module_and_class(corridor, monkeypatch):
     (["--credits", "carl:+actfocus"], "carl:"), (["--algos", "grpo", "--credits", "carl+a2tgpo"], "both"),
     (["--credits", "uniform+actfocus"], "uniform+actfocus"), (["--credits", "actfocus:steps=3"], "steps"),
     (["--credits", "actfocus:alpha=2"], "alpha"), (["--credits", "actfocus:alpha"], "alpha"),
-    (["--credits", "uniform", "uniform"], "credits"),
+    (["--credits", "uniform", "uniform"], "credits"), (["--credits", "uniform,actfocus"], "a space between"),
+    (["--credits", "actfocus,alpha=0.3"], "'actfocus,alpha=0.3'"), (["--algos", "rloo"], "is a credit"),
+    (["--eval_boards", "0"], "eval_boards: 0 is not in [1, 100000]"), (["--lr", "inf"], "a finite number of at least 0"),
+    (["--env", "env:Env"], "an environment has "), (["--credits", "builtins:object"], "subclass"),
     (["--signal", "loud"], "signal"), (["--boards", "training"], "boards"),
     (["--alpha", "2"], "alpha"), (["--alpha", "nan"], "alpha"), (["--beta", "-1"], "beta"), (["--beta", "inf"], "beta"),
     (["--steps", "-1"], "steps"), (["--steps", "many"], "steps"), (["--teach", "100001"], "teach"),
