@@ -187,12 +187,12 @@ def rollout(model, tokenizer, envs, *, seeds, temperature, max_response_tokens, 
     model's device. max_context: an episode ends where the next turn might not fit; the model's own limit by default.
     transcript: the class that records an episode. FloatingPointError: logits that are not finite.
     """
-    transcripts = begin(model, tokenizer, envs, seeds, max_response_tokens, max_context, transcript)
-    play(model, transcripts, temperature, max_response_tokens, generator)
+    transcripts = open_transcripts(model, tokenizer, envs, seeds, max_response_tokens, max_context, transcript)
+    play_on(model, transcripts, temperature, max_response_tokens, generator)
     return pack(transcripts)
 
 
-def begin(model, tokenizer, envs, seeds, max_response_tokens, max_context=None, transcript=Transcript):
+def open_transcripts(model, tokenizer, envs, seeds, max_response_tokens, max_context=None, transcript=Transcript):
     """A transcript of each environment, up to where the first response begins."""
     if not len(envs) == len(seeds) > 0 or max_response_tokens < 1:
         raise ValueError(f"cannot play {len(envs)} environments, {len(seeds)} seeds, {max_response_tokens} tokens each")
@@ -204,7 +204,7 @@ def begin(model, tokenizer, envs, seeds, max_response_tokens, max_context=None, 
 
 
 @torch.no_grad()
-def play(model, transcripts, temperature, max_response_tokens, generator):
+def play_on(model, transcripts, temperature, max_response_tokens, generator):
     """Play all transcripts on to the end of their episodes, in place."""
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -237,7 +237,7 @@ def sample(logits, temperature, generator):
 
 def sample_turn(decoder, texts, stop_ids, max_tokens):
     """A response to each text, {row: its ids so far} -> {row: (ids, log-probs)}, ended by a stop id or max_tokens."""
-    drawn = [decoder.begin(texts, max_tokens)]
+    drawn = [decoder.feed_texts(texts, max_tokens)]
     stops = torch.tensor(sorted(stop_ids), device=decoder.model.device)
     running = ~torch.isin(drawn[0][0], stops)
     # Rows that are done go on: what they add is dropped in the next turn. A GPU is not asked after every token.
@@ -296,7 +296,7 @@ class Decoder:
         self.cache = Cache(layer_class_to_replicate=partial(RoomyLayer, itself))
         self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
-    def begin(self, texts, room):
+    def feed_texts(self, texts, room):
         """Feed what is new of each text, {row: all its ids}, with room for more -> a token to follow, its log-prob.
 
         Where one row has 9 new ids and another 4, the last 9 of both are fed: the cache never holds padding in between.

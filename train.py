@@ -327,7 +327,7 @@ def main(arguments=None):
     parser.add_argument("--resume", action="store_true", help="go on with a run, or add seeds and credits to it")
     settings, options = parser.parse_settings(arguments)
     try:
-        agent, _lock = runs.begin(settings, options.resume)
+        agent, _lock = runs.open_run(settings, options.resume)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     try:

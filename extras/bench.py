@@ -190,7 +190,7 @@ def replayed_step(model, rows, width, room):
     """Seconds of a decode step of `rows` texts with `width` ids each, replayed on a GPU: nothing waits for Python."""
     with torch.no_grad():
         decoder = CapturedDecoder(model, 1.0, None)
-        tokens, _ = decoder.begin({row: [5] * width for row in range(rows)}, room)
+        tokens, _ = decoder.feed_texts({row: [5] * width for row in range(rows)}, room)
         decoder.step(tokens)
         if decoder.graph is None:
             return float("nan")

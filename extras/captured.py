@@ -18,9 +18,9 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 class CapturedDecoder(Decoder):
     graph = None
 
-    def begin(self, texts, room):
+    def feed_texts(self, texts, room):
         self.graph = None  # every turn has its own shapes
-        return super().begin(texts, room)
+        return super().feed_texts(texts, room)
 
     def forward(self, ids):
         with sdpa_kernel(ATTENTION):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from actfocus import token_spans
 from env import draw_boards
-from rollout import begin, decoder_for, play, sample_turn
+from rollout import decoder_for, open_transcripts, play_on, sample_turn
 from train import EVALUATION_SEED
 
 CLOSING = "</think>"
@@ -75,7 +75,8 @@ def reasoning_length(tokenizer, ids, pieces):
 def nested_returns(arm, turn, boards, m, k, c):
     """R[n, m, k, c], float64, from the states before the `turn`-th response (from 0) of those boards that get there."""
     s = arm.settings
-    states = begin(arm.policy, arm.tokenizer, [copy.deepcopy(arm.env) for _ in boards], boards, s.max_response_tokens)
+    envs = [copy.deepcopy(arm.env) for _ in boards]
+    states = open_transcripts(arm.policy, arm.tokenizer, envs, boards, s.max_response_tokens)
     stop_ids, pieces, context = states[0].chat.stop_ids, {}, states[0].longest_prompt + s.max_response_tokens
 
     def responses(texts, room=s.max_response_tokens):
@@ -109,7 +110,7 @@ def nested_returns(arm, turn, boards, m, k, c):
             if other.respond((ids + answer)[:s.max_response_tokens]):
                 playing.append(other)
     if playing:
-        play(arm.policy, playing, s.temperature, s.max_response_tokens, arm.generator)
+        play_on(arm.policy, playing, s.temperature, s.max_response_tokens, arm.generator)
     return np.array([sum(x.rewards) for x in everyone]).reshape(len(states), m, k, c)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from actfocus import Credit, check_range, check_tensors, group_advantages, group_spread
-from rollout import Transcript, begin, pack, play, score
+from rollout import Transcript, open_transcripts, pack, play_on, score
 
 # CARL -----------------------------------------------------------------------------------------------------------------
 
@@ -130,15 +130,15 @@ def tree_rollout(model, tokenizer, envs, *, seeds, roots, forks, temperature, ma
     together, and their advantages.
     """
     repeated = [seed for seed in seeds for _ in range(roots)]
-    opened = begin(model, tokenizer, envs, repeated, max_response_tokens, transcript=Branch)
-    play(model, opened, temperature, max_response_tokens, generator)
+    opened = open_transcripts(model, tokenizer, envs, repeated, max_response_tokens, transcript=Branch)
+    play_on(model, opened, temperature, max_response_tokens, generator)
     trees, rows = [Tree() for _ in seeds], [[] for _ in seeds]  # rows: (transcript, its edges)
     for i, transcript in enumerate(opened):
         rows[i // roots].append((transcript, trees[i // roots].grow(transcript)))
     for _ in range(forks):
         nodes = [tree.critical() for tree in trees]
         continued = [node[0].fork() for node in nodes]
-        play(model, continued, temperature, max_response_tokens, generator)
+        play_on(model, continued, temperature, max_response_tokens, generator)
         for tree, row, node, transcript in zip(trees, rows, nodes, continued):
             row.append((transcript, tree.grow(transcript, node)))
             for edge in node[2]:

@@ -157,7 +157,7 @@ def warn_of_slow_boards(settings, seconds=0.25):
               f"{taken * settings.prompts:.0f} s and more in every step", file=sys.stderr)
 
 
-def begin(settings, resume):
+def open_run(settings, resume):
     """Make the output directory, or check that its run can go on -> (the model's fingerprint, a lock, to be held).
 
     With --teach, its agent/ is then the taught model, made once.

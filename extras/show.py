@@ -201,8 +201,8 @@ def page(shown, last, title, settings, shares):
                     f"{sum(reward for *_, reward in shown):+.1f}</p></section>")
     bars = "".join(f'<tr><td>{name}</td><td>{100 * x:.0f} %</td>'
                    f'<td><meter value="{x:.4f}">{100 * x:.0f} %</meter></td></tr>\n' for name, x in shares)
-    return PAGE.format(title=html.escape(title), alpha=reasoning_weighs(shown), high=1 + s.beta, episodes=s.rollouts, bars=bars,
-                       sections="\n".join(sections))
+    return PAGE.format(title=html.escape(title), alpha=reasoning_weighs(shown), high=1 + s.beta, bars=bars,
+                       episodes=s.rollouts, sections="\n".join(sections))
 
 
 def main(arguments=None):

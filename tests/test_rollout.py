@@ -260,7 +260,7 @@ def test_the_cache_is_freed_with_its_decoder(agent):
     try:
         decoder = Decoder(agent[0], 1.0, None)
         with torch.no_grad():
-            decoder.begin({0: [5, 6, 7]}, 4)
+            decoder.feed_texts({0: [5, 6, 7]}, 4)
         alive = [weakref.ref(decoder), *(weakref.ref(layer.keys) for layer in decoder.cache.layers)]
         assert all(ref() is not None for ref in alive) and len(alive) == 3
         del decoder
@@ -817,20 +817,20 @@ def test_a_response_ends_with_the_tokenizers_token_and_with_the_models_own(agent
     model, tokenizer, make_env = stopping(agent[0], 0), *agent[1:]
     for eos, more in ((7, {7}), ([7, 9], {7, 9}), (None, set())):
         model.generation_config.eos_token_id = eos
-        begun, = sampling.begin(model, tokenizer, [make_env()], [0], 5)
+        begun, = sampling.open_transcripts(model, tokenizer, [make_env()], [0], 5)
         assert begun.chat.stop_ids == {tokenizer.eos_token_id, *more}
 
 
 def test_environments_with_other_rules_are_played_side_by_side_each_with_its_own(agent):
     envs = [agent[2](), environments.make("sudoku")]
-    for env, begun in zip(envs, sampling.begin(*agent[:2], envs, [0, 1], 5)):
+    for env, begun in zip(envs, sampling.open_transcripts(*agent[:2], envs, [0, 1], 5)):
         assert env.system_prompt in agent[1].decode(begun.ids)
 
 
 def test_the_context_is_filled_to_its_last_token_and_not_further(agent, monkeypatch):
     """Its limit is the model's own where none is given."""
     model, tokenizer, make_env = agent
-    begin = lambda limit=None: sampling.begin(model, tokenizer, [make_env()], [0], 5, limit)[0]
+    begin = lambda limit=None: sampling.open_transcripts(model, tokenizer, [make_env()], [0], 5, limit)[0]
     first, second = len(begin().ids), len(scripted(tokenizer, make_env(), 0, ["hm"]).ids)
     for short in (0, 1):
         assert respond(begin(second + 5 - short), tokenizer, "hm") == (not short)
