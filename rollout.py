@@ -40,7 +40,7 @@ class Trajectories:
     turns: torch.Tensor  # [B] int64: responses given
     outcome: list[dict]  # B of name -> number: what the environment says of the finished episode
     texts: list[list[str]]  # B of the responses as the environment read them
-    notes: list  # B objects: what the kind of Transcript kept for a credit method, None for a plain one
+    notes: list  # B of Transcript.notes: what a credit method has kept of an episode, usually None
 
     def __len__(self):
         return len(self.ids)
@@ -249,7 +249,7 @@ def sample_turn(decoder, texts, stop_ids, max_tokens):
         raise FloatingPointError("the model's logits are not finite")
     stopped = torch.isin(tokens, stops)
     lengths = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, tokens.shape[1]).tolist()
-    decoder.cached = {row: len(texts[row]) + n - 1 for row, n in zip(texts, lengths)}  # the last one was not fed
+    decoder.cached = {row: len(texts[row]) + n - 1 for row, n in zip(texts, lengths)}  # its last id was not fed
     return {row: (t[:n], p[:n]) for row, t, p, n in zip(texts, tokens.tolist(), logprobs.tolist(), lengths)}
 
 

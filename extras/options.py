@@ -112,7 +112,8 @@ def check(settings):
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+        advice = " (a space between several)" if "invalid" in message and "," in message else ""  # --seeds 0,1
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}{advice}\n")
 
 
 class SettingsParser(OneLineParser):

@@ -794,7 +794,7 @@ def test_an_environment_can_be_named_as_module_and_class(corridor, monkeypatch):
     (["--credits", "uniform+actfocus"], "uniform+actfocus"), (["--credits", "actfocus:steps=3"], "steps"),
     (["--credits", "actfocus:alpha=2"], "alpha"), (["--credits", "actfocus:alpha"], "alpha"),
     (["--credits", "uniform", "uniform"], "credits"), (["--credits", "uniform,actfocus"], "a space between"),
-    (["--credits", "actfocus,alpha=0.3"], "'actfocus,alpha=0.3'"), (["--algos", "rloo"], "is a credit"),
+    (["--seeds", "0,1"], "a space between"), (["--credits", "actfocus,alpha=0.3"], "'actfocus,alpha=0.3'"), (["--algos", "rloo"], "is a credit"),
     (["--eval_boards", "0"], "eval_boards: 0 is not in [1, 100000]"), (["--lr", "inf"], "a finite number of at least 0"),
     (["--env", "env:Env"], "an environment has "), (["--credits", "builtins:object"], "subclass"),
     (["--signal", "loud"], "signal"), (["--boards", "training"], "boards"),
