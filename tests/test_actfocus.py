@@ -369,6 +369,8 @@ def test_whitened_is_mean_0_and_deviation_1_over_the_mask(randn):
     actual = whiten(x, response_mask)
     assert actual[response_mask].tolist() == pytest.approx([(value - mean) / deviation for value in values], abs=1e-5)
     assert not actual[~response_mask].any()
+    small = whiten(torch.tensor([[-1e-6, 1e-6]]), torch.ones(1, 2, dtype=torch.bool))  # its deviation counts 1e-6 more
+    assert small.tolist() == [pytest.approx([-0.5, 0.5], rel=1e-4)]
 
 
 def test_gae_with_1_1_is_return_minus_value(randn):
@@ -542,3 +544,4 @@ def test_gae_names_what_is_not_finite(randn, name):
 def test_the_clip_fraction_counts_below_and_above_by_their_own_bounds():
     ratio, ones = torch.tensor([[0.75, 0.85, 1.25, 1.3]]), torch.ones(1, 4)
     assert weighted_policy_loss(ratio.log(), 0 * ones, ones, ones)[1]["clip_fraction"] == 0.5
+    assert weighted_policy_loss(0 * ones, 0 * ones, ones, ones, clip_low=0, clip_high=0)[1]["clip_fraction"] == 0  # at both

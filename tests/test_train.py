@@ -188,6 +188,7 @@ def test_a_step_follows_the_gradient_of_the_papers_loss(monkeypatch, algo, credi
     arm.optimizers = [torch.optim.SGD(part.parameters(), 1.0) for part in learners]
     metrics = arm.step()
     assert metrics["updates"] == 1 and metrics["skipped_updates"] == 0
+    assert metrics["tokens_per_second"] == metrics["generated_tokens"] / metrics["rollout_seconds"]
     assert all(p.grad is None for part in learners for p in part.parameters())  # or the next update would hold this one
     for old, new, gradient in zip(before.parameters(), arm.policy.parameters(), expected):
         torch.testing.assert_close(old - new, gradient.float(), atol=1e-5, rtol=1e-3)
