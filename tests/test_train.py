@@ -517,7 +517,7 @@ def test_an_environment_without_an_oracle_has_no_best_play(tmp_path, monkeypatch
     """Only demonstrations need one, and the table's last line."""
     monkeypatch.setitem(environments.ENVS, "mute", type("Mute", (environments.Sokoban,), {"oracle": environments.Env.oracle}))
     code, output, error = run("--out", tmp_path, *BRIEF, "--env", "mute", "--env-options", *BOARDS, "--algos", "grpo",
-                              "--model", Settings().agent)
+                              "--model", Settings().agent, "--steps", "0", "--credits", "uniform")
     assert code == 0 and "random actions" in output and "best play" not in output, error
     assert strict((tmp_path / "summary.json").read_text())["ceiling"] is None
 
