@@ -224,7 +224,7 @@ def test_one_group_is_played_and_without_a_valid_response_it_is_said(monkeypatch
     monkeypatch.setattr(show.Arm, "play", play)
     code, output, error = call(show.main, "--seed", "7", "--rollouts", "3")
     assert code == 0 and played == [[7] * 3] and "board of seed 7" in output, error
-    assert "Not one response" in output and "--teach" in output
+    assert "Not one response" in output and "env.json" in output
     code, output, error = call(show.main, "--seed", "-1")
     assert code == 2 and error.count("\n") == 1 and "seed" in error
 

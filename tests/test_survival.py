@@ -489,7 +489,7 @@ def test_other_errors_and_one_trajectory_that_does_not_fit_are_not_tried_for_eve
     def wrong(*_):
         raise error
     monkeypatch.setattr(train.Arm, "loss", wrong)
-    with pytest.raises(type(error), match=str(error)):
+    with pytest.raises(ValueError, match=f"step 1: {type(error).__name__}: {error}"):
         settings = arm_settings("grpo", "uniform") | SCRIPTED
         train.train_arm(train.Settings(**settings, out=str(tmp_path)), "grpo", "uniform", 0)
 
