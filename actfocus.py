@@ -116,7 +116,7 @@ def action_mask(tokenizer, ids, response_mask, turn_ids=None, pattern=ANSWER):
 def token_energy(logits):
     """Energy of the next-token distribution, `-logsumexp` of raw logits [..., V] -> [...] float32, in nats.
 
-    Low energy: the model is confident, high energy: it is unsure. Use the frozen reference's logits as they come (no
+    Low: the model is confident, high: it is unsure, says the paper. Use the frozen reference's logits as they come (no
     temperature, no softmax) and mind the offset: the energy *of* token t is that of the logits at t - 1.
     """
     return -torch.logsumexp(logits.float(), dim=-1)
@@ -126,8 +126,8 @@ def token_energy(logits):
 def token_weights(signal, action_mask, response_mask, *, alpha=0.1, beta=0.5, eps=1e-6):
     """ActFocus weights w[B, T] float32, without gradient: alpha on reasoning, 1 + beta * sigmoid(z) on actions, else 0.
 
-    signal[B, T]: a score of each token, token_energy in the paper; read on action tokens only. z is standardised with
-    the mean and the population deviation over all action tokens of the call, so pass the whole training batch at once,
+    signal[B, T]: a score of each token, token_energy in the paper; read on action tokens only. z = (signal - mean) /
+    sqrt(population variance + eps) over all action tokens of the call, so pass the whole training batch at once,
     not a micro-batch. A batch without an action token is valid: every response token then weighs alpha.
     ValueError: alpha outside [0, 1], beta < 0, a mask of another shape or dtype, an action token outside the response,
     a signal that is not finite on an action token.

@@ -60,7 +60,7 @@ class Env:
         check_integers(1, max_turns=max_turns, actions_per_turn=actions_per_turn, max_actions=max_actions,
                        response_limit=response_limit)
         self.max_turns, self.actions_per_turn, self.max_actions = max_turns, actions_per_turn, max_actions
-        self.response_limit = response_limit  # tokens; only told to the agent, the sampler enforces it
+        self.response_limit = response_limit  # tokens; only told to the agent, the sampler has its own
         self.rng, self._over = np.random.default_rng(), True
 
     # What an environment defines

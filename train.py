@@ -144,7 +144,7 @@ class Batch(Trajectories):
     gae_advantages: torch.Tensor = None  # PPO, not yet whitened
     value_targets: torch.Tensor = None  # PPO
     advantages: torch.Tensor = None
-    weights: torch.Tensor = None  # a token of weight 0 is not trained
+    weights: torch.Tensor = None  # 0: the policy's loss leaves the token out
 
 
 @torch.no_grad()
@@ -170,7 +170,7 @@ class Arm:
         self.policy, self.tokenizer = load_agent(s.agent, s.torch_device)
         self.agent = extra("runs").fingerprint(self.policy, self.tokenizer)  # a checkpoint is of this one alone
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
-        if s.torch_device.type == "cuda":  # it is never updated, so nothing is lost below bfloat16
+        if s.torch_device.type == "cuda":  # never updated: half the memory, a little more rounding
             self.reference.bfloat16()
         if s.gradient_checkpointing:
             extra("guard").recompute_layers(self.policy)
@@ -217,7 +217,7 @@ class Arm:
         """Trajectories -> Batch: log-probs, energies and values, which stay fixed during the updates."""
         s = self.settings
         def fixed(part):
-            # Not the sampler's: the same forward pass for old and new makes the first ratio 1 in any precision.
+            # Not the sampler's: the same forward pass for old and new makes the first ratio 1 up to rounding.
             old = score(self.policy, part.ids, part.response_mask, s.temperature)
             of_reference = score_logits(self.reference, part.ids, part.response_mask, old.logprobs, SIGNALS["energy"],
                                         SIGNALS[s.signal], lambda z, y, _: token_logprobs(z / s.temperature, y))
