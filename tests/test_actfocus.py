@@ -374,6 +374,12 @@ def test_whitened_is_mean_0_and_deviation_1_over_the_mask(randn):
     assert small.tolist() == [pytest.approx([-0.5, 0.5], rel=1e-4)]
 
 
+@pytest.mark.parametrize("bad", [{"gamma": 1.01}, {"gamma": -0.1}, {"lam": 1.01}, {"lam": float("nan")}])
+def test_gae_names_a_discount_outside_0_and_1(randn, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        gae(randn(2, 9), randn(2, 9), response_mask, **bad)
+
+
 def test_gae_with_1_1_is_return_minus_value(randn):
     rewards, values = randn(2, 9), randn(2, 9)
     advantages, _ = gae(rewards, values, response_mask)

@@ -283,16 +283,20 @@ def test_compiled_and_plain_agree(monkeypatch):
 
 
 def test_without_a_compiler_the_plain_path_runs(monkeypatch):
+    tried = []
+
     def broken(function):
         def call(*arguments):
+            tried.append(function)
             raise RuntimeError("no compiler")
         return call
     monkeypatch.setattr(kernels, "COMPILE_FROM", 0)
     monkeypatch.setattr(kernels, "_compiled", broken)
     monkeypatch.setattr(kernels, "_plain", False)
     hidden, weight, bias, targets = inputs(9, 50, 16)
-    with pytest.warns(UserWarning, match="uncompiled"):
+    with pytest.warns(UserWarning, match="uncompiled") as said:
         compare(hidden, weight, bias, targets)
+    assert len(tried) == len(said) == 1  # a process
 
 
 @pytest.mark.parametrize("change", [
