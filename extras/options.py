@@ -40,8 +40,9 @@ def make_credit(text, algo, settings):
     own_answers = [x for part in parts for x in answers if part is Credit or getattr(part, x) is not getattr(Credit, x)]
     if twice := {answer for answer in own_answers if own_answers.count(answer) > 1} - {"check", "algos"}:
         raise ValueError(f"credits: {name!r} joins methods that both have {', '.join(sorted(twice))} of their own")
-    for part, x in ((part, x) for part in parts for x in dir(part) if not hasattr(Credit, x)):
-        if meant := difflib.get_close_matches(x, answers, 1, cutoff=0.85):
+    for part, x in ((part, x) for part in parts for x in dir(part) if x[0] != "_" and not hasattr(Credit, x)):
+        meant = difflib.get_close_matches(x, answers, 1, cutoff=0.85)
+        if meant and callable(getattr(part, x)):
             raise ValueError(f"credits: nobody asks {part.__name__} for {x}: is {meant[0]} meant?")
     try:
         # Each answers where it differs from plain PPO and GRPO, and goes with what all of them go with.

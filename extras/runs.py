@@ -123,7 +123,8 @@ class ArmFiles:
 
 def located(error):
     """The words of an error in a line, and the last place outside of libraries that it went through."""
-    place = [x for x in traceback.extract_tb(error.__traceback__) if "site-packages" not in x.filename][-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = ([frame for frame in frames if "site-packages" not in frame.filename] or frames)[-1]
     kind = "" if isinstance(error, (ValueError, FloatingPointError)) else f"{type(error).__name__}: "
     return f"{kind}{' '.join(str(error).split())} ({Path(place.filename).name}, line {place.lineno})"
 

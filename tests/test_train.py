@@ -550,6 +550,9 @@ def test_an_answer_that_nobody_asks_for_is_refused(monkeypatch):
         monkeypatch.setitem(CREDITS, "mine", type("Mine", (Credit,), {slip: lambda self, batch: None}))
         with pytest.raises(ValueError, match=f"nobody asks Mine for {slip}: is {meant} meant"):
             make_credit("mine", "grpo", Settings())
+    allowed = {"_weights": lambda self: None, "weight": 2.0, "tree": lambda self: None}  # its own, and a setting
+    monkeypatch.setitem(CREDITS, "mine", type("Mine", (Credit,), allowed))
+    assert make_credit("mine:weight=3", "grpo", Settings()).weight == 3.0
     monkeypatch.setitem(CREDITS, "mine", type("Mine", (Credit,), {"__init__": lambda self, algo: None}))
     with pytest.raises(ValueError, match="'mine' cannot be made: .* takes 2 positional arguments but 3 were given"):
         make_credit("mine", "grpo", Settings())
