@@ -1,5 +1,6 @@
 """The recipes for other frameworks, in extras/. TRL and verl are not requirements: without them, tests skip."""
 
+import inspect
 import itertools
 import json
 import os
@@ -98,6 +99,13 @@ def test_trl_weights_action_tokens_by_the_references_energy_over_all_that_is_gen
         assert len(made["advantages"]) == 8  # both micro-batches
     line = trainer.state.log_history[0]
     assert 0.3 < line["actfocus/action_tokens"] < 0.4 and 0.8 < line["actfocus/action_weight"] < 1 and "entropy" in line
+
+
+def test_the_recipes_weigh_as_the_method_does(recipe):
+    from extras.verl_loss import weigh_advantages
+    own, of_verl, of_trl = (inspect.signature(x).parameters for x in (token_weights, weigh_advantages, recipe.ActFocusTrainer))
+    usual = {name: own[name].default for name in ("alpha", "beta")}
+    assert {name: of_verl[name].default for name in usual} == of_trl["weighting"].default == usual
 
 
 def test_trls_loss_with_weighted_advantages_is_the_weighted_loss(randn):
