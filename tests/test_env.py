@@ -786,7 +786,11 @@ def test_a_sudokus_plan_begins_with_what_the_rules_decide():
 
 
 def test_a_price_at_the_limit_is_within_it_and_another_catalogue_is_searched():
-    env = make("shop", catalogue_seed=1)
+    env, margins = make("shop", catalogue_seed=1), set()
+    for seed in range(100):
+        env.reset(seed=seed)
+        margins.add(env.limit - env.target.price)
+    assert margins == set(range(1, 20))
     for seed in range(5):
         env.reset(seed=seed)
         env.limit = env.target.price

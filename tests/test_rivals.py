@@ -127,7 +127,7 @@ def grown(*rows):
 
 def test_the_fork_goes_where_a_hand_count_says():
     one = grown((None, [1.0, 3.0, 2.0]))  # H / n: 1, 3, 2
-    assert one.critical() is one.nodes[1]
+    assert one.critical() is one.nodes[1] and [node[0] for node in one.nodes] == ["state 0", "state 1", "state 2"]
     two = grown((None, [1.0, 3.0, 2.0]), (1, [1.5, 1.0]))  # 1, ((3 + 1.5) / 2) / 2 = 1.125, 2, and 1 for the new state
     assert two.critical() is two.nodes[2]
     three = grown((None, [4.0, 1.0]), (None, [2.0, 1.6]))  # root: ((4 + 2) / 2) / 2 = 1.5, then 1 and 1.6
@@ -159,6 +159,18 @@ def test_a_fork_continues_ids_that_another_row_sampled(agent, forest):
                 assert not forest.response_mask[row, :n].any()
             assert math.isfinite(forest.notes[row][-1].returns)
             assert forest.notes[row][-1].returns == pytest.approx(forest.returns[row].item())
+
+
+def test_a_fork_at_the_root_begins_where_the_episode_began(agent, monkeypatch):
+    model, tokenizer, make_env = agent
+    monkeypatch.setattr(Tree, "critical", lambda tree: tree.nodes[0])
+    played = tree_rollout(model, tokenizer, [make_env()], seeds=[5], roots=1, forks=3, temperature=1.0, max_response_tokens=12,
+                          generator=torch.Generator().manual_seed(0))
+    assert (played.turns > 1).all()
+    starts = played.response_mask.int().argmax(1)
+    for row, edges in enumerate(played.notes):
+        assert edges[0].parent == -1 and edges[0].turn == 0 and starts[row] == starts[0]
+        assert torch.equal(played.ids[row, :starts[0]], played.ids[0, :starts[0]])
 
 
 def test_forked_edges_are_those_at_states_that_were_picked(forest):
