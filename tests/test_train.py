@@ -540,6 +540,7 @@ def test_a_slip_in_a_credit_of_ones_own_is_named_with_its_place(tmp_path, monkey
 def test_a_wrong_answer_of_a_credit_of_ones_own_is_named(tmp_path, monkeypatch, name, answer, words):
     monkeypatch.setitem(CREDITS, "mine", type("Mine", (Credit,), {name: answer}))
     monkeypatch.setattr(Credit, "play", lambda self, arm, boards: trajectories_of(arm, RETURNS))
+    monkeypatch.setattr(Arm, "evaluate", lambda arm: {})
     settings = Settings(**SMALL | {"rollouts": 3}, credits=("mine",), algos=("grpo",), out=str(tmp_path))
     with pytest.raises(ValueError, match="^grpo mine seed 0, step 1: " + words):
         train.train_arm(settings, "grpo", "mine", 0)
