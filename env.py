@@ -245,7 +245,7 @@ class Sokoban(Env):
 
     def oracle(self):
         plan = solution(self.player, self.boxes, self.targets, self.walls)
-        return None if plan is None else list(plan)
+        return None if plan is None else list(plan)  # a copy: the kept one serves others
 
     def move(self, action):
         on_target = len(self.boxes & self.targets)

@@ -1,7 +1,7 @@
 """Multi-turn sampling: a causal language model plays many text environments at once.
 
 Token in, token out: the ids that were sampled are trained on, never decoded and tokenised again; text is made of them
-for the environment and the action mask alone. One key-value cache lives through all turns: old text costs nothing.
+for the environment and the action mask alone. One key-value cache lives through all turns: little is fed twice.
 
 Shapes as in actfocus.py. `python rollout.py` measures tokens per second beside a loop around model.generate.
 """
@@ -225,7 +225,7 @@ def decoder_for(model):
 
 
 def sample(logits, temperature, generator):
-    """logits [rows, V] -> sampled tokens [rows], their log-probs [rows], nan where a logit is nan or inf."""
+    """logits [rows, V] -> sampled tokens [rows], their log-probs [rows], nan where a logit is nan or +inf."""
     logprobs = torch.log_softmax(logits / temperature, -1)
     # The inverse of the distribution function: torch.multinomial draws a number a word, a tenth of a rollout's time.
     below = logprobs.double().exp().cumsum(-1)  # [rows, V]

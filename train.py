@@ -203,7 +203,7 @@ class Arm:
             batch, totals = self.score(chosen), Counter()
             batch.advantages = self.credit.advantages(batch)  # [B, T]
             batch.weights = self.credit.weights(batch).where(batch.response_mask, 0.0)  # [B, T]
-            check_tensors(batch.ids, where=batch.weights > 0, advantages=batch.advantages)
+            check_tensors(batch.ids, where=batch.weights > 0, advantages=batch.advantages)  # maybe a user's own
             order = torch.from_numpy(self.rng.permutation(len(batch))).to(batch.ids.device)
             for minibatch in map(batch.select, order.split(s.minibatch)):
                 if minibatch.weights.any():  # else Adam's momentum alone would move the policy
@@ -324,7 +324,7 @@ def train_arm(settings, algo, credit, seed):
 
 def main(arguments=None):
     parser, runs = extra("options").SettingsParser("train.py", description=__doc__.split("\n\n")[0]), extra("runs")
-    parser.add_argument("--resume", action="store_true", help="go on with a run, or add seeds and credits to it")
+    parser.add_argument("--resume", action="store_true", help="go on with a run, or add seeds, credits, algos, steps")
     settings, options = parser.parse_settings(arguments)
     try:
         agent, _lock = runs.open_run(settings, options.resume)

@@ -40,9 +40,10 @@ def make_credit(text, algo, settings):
     own_answers = [x for part in parts for x in answers if part is Credit or getattr(part, x) is not getattr(Credit, x)]
     if twice := {answer for answer in own_answers if own_answers.count(answer) > 1} - {"check", "algos"}:
         raise ValueError(f"credits: {name!r} joins methods that both have {', '.join(sorted(twice))} of their own")
-    for part, x in ((part, x) for part in parts for x in dir(part) if x[0] != "_" and not hasattr(Credit, x)):
-        meant = difflib.get_close_matches(x, answers, 1, cutoff=0.85)
-        if meant and callable(getattr(part, x)):
+    own_methods = ((part, x) for part in parts for x in dir(part)
+                   if x[0] != "_" and not hasattr(Credit, x) and callable(getattr(part, x)))
+    for part, x in own_methods:
+        if meant := difflib.get_close_matches(x, answers, 1, cutoff=0.85):
             raise ValueError(f"credits: nobody asks {part.__name__} for {x}: is {meant[0]} meant?")
     try:
         # Each answers where it differs from plain PPO and GRPO, and goes with what all of them go with.
@@ -91,11 +92,11 @@ def check(settings):
         for value in values if isinstance(values, tuple) else (values,):
             high = high or (MOST if isinstance(value, int) else sys.float_info.max)
             if choices and value not in choices:
-                mine = " (a method of your own is a credit)" if f.name == "algos" else ""
-                raise ValueError(f"{f.name}: {value!r} is not one of {', '.join(choices)}{mine}")
+                advice = " (a method of your own is a credit)" if f.name == "algos" else ""
+                raise ValueError(f"{f.name}: {value!r} is not one of {', '.join(choices)}{advice}")
             if not isinstance(value, str) and not low <= value <= high:
-                most = f"in [{low}, {high}]" if high < sys.float_info.max else f"a finite number of at least {low}"
-                raise ValueError(f"{f.name}: {value} is not {most}")
+                bounds = f"in [{low}, {high}]" if high < sys.float_info.max else f"a finite number of at least {low}"
+                raise ValueError(f"{f.name}: {value} is not {bounds}")
         if isinstance(values, tuple) and f.name != "env_options" and not 0 < len(values) == len(set(values)):
             raise ValueError(f"{f.name}: name at least one, and none twice")
     if settings.signal not in SIGNALS:
@@ -113,7 +114,8 @@ def check(settings):
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        advice = " (a space between several)" if "invalid" in message and "," in message else ""  # --seeds 0,1
+        commas = re.search(r"invalid \w+ value: '[^']*,", message)  # argparse's own words for --seeds 0,1
+        advice = " (a space between several)" if commas else ""
         self.exit(2, f"{self.prog}: {' '.join(message.split())}{advice}\n")
 
 

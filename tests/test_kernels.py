@@ -296,7 +296,7 @@ def test_without_a_compiler_the_plain_path_runs(monkeypatch):
     hidden, weight, bias, targets = inputs(9, 50, 16)
     with pytest.warns(UserWarning, match="uncompiled") as said:
         compare(hidden, weight, bias, targets)
-    assert len(tried) == len(said) == 1  # a process
+    assert len(tried) == len(said) == 1  # once a process
 
 
 @pytest.mark.parametrize("change", [
