@@ -86,7 +86,7 @@ def _in_float32(operation, *tensors, **out):
 def logits_by_block(hidden, weight, bias=None, rows=None, block_tokens=None, at_least=1):
     """Yield (rows[n], their logits[n, V] in float32), a block of tokens at a time; the next block overwrites them."""
     rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
-    at_least = hidden.shape[1] if hidden.is_cuda else at_least  # a GPU wants large products
+    at_least = 2048 if hidden.is_cuda else at_least  # a GPU wants large products (results/README.md, one GPU)
     size = max(1, block_tokens or max(at_least, BLOCK_LOGITS // len(weight)))
     hidden, weight = _factors(hidden, weight)
     buffer = torch.empty(min(size, len(rows)), len(weight), device=hidden.device, dtype=torch.float32)

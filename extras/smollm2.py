@@ -31,6 +31,7 @@ def convert(out):
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantised.state_dict())
     model.bfloat16().save_pretrained(out)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # as in the file; some versions read the bos there
     tokenizer.save_pretrained(out)
 
 

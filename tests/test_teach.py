@@ -144,6 +144,7 @@ def test_a_real_instruct_model_comes_out_of_its_package_and_answers(tmp_path):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Name three colours."}], add_generation_prompt=True,
                                         return_tensors="pt", return_dict=False)
     said = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1]:])
+    assert tokenizer.eos_token == "<|im_end|>"
     assert any(colour in said.lower() for colour in ("red", "blue", "green", "yellow")), said
 
 
