@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from torch.distributions import Categorical
 
-ANSWER = "(?s)<answer>(.*?)</answer>"  # (?s): a dot is any character, a line's end too
+ANSWER = "(?s)<answer>(?:(.*?)</answer>|.*)"  # (?s): a dot is any character; |.*: passes what is never closed, once
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside any clip range, and exp() of a stray log-ratio stays finite
 
 
@@ -63,8 +63,7 @@ def at_least_float32(x):  # in half precision and in integers, sums go wrong
 
 
 def token_spans(tokenizer, ids, pieces):
-    """ids of a response -> (text, starts, ends of each token in it); in pieces, the texts of single ids are kept.
-    Tokens that share a character (split UTF-8) all span it."""
+    """ids of a response -> (text, starts, ends of its tokens, which may share a character); pieces: texts of ids."""
     before = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # some decoders drop a leading space
     decode = lambda ids: tokenizer.decode(before + ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     opening = len(decode([]))
@@ -81,7 +80,7 @@ def token_spans(tokenizer, ids, pieces):
         whole = not grown.endswith("\ufffd") or n - here == 32  # U+FFFD: not whole yet; or nothing that will ever be
         apart = n - 1 > here and whole and grown.startswith(held)  # bytes held back stay a character of their own
         start, end = at + apart * (len(held) - len(known)), at + len(grown) - len(known)
-        spans.append((start, max(end, start + 1)))
+        spans.append((start, max(end, start + (not whole))))
         first, here, at = (here, n, end) if whole else (first, here, at)
     return text, *zip(*spans)
 
@@ -89,25 +88,26 @@ def token_spans(tokenizer, ids, pieces):
 def action_mask(tokenizer, ids, response_mask, turn_ids=None, pattern=ANSWER):
     """Which sampled tokens of ids[B, T] hold a character of an action -> [B, T] bool.
 
-    An action is what `pattern` (its group, if it has one) finds within a response; a response is a run of
-    response_mask[B, T], in which turn_ids[B, T], if given, stay the same. What stands between responses is never read.
-    An agent that calls tools: pattern="(?s)<tool_call>(.*?)</tool_call>". tokenizer: anything with decode and
-    eos_token_id. ValueError: a mask of another shape or dtype.
+    An action is what `pattern` finds within a response (if it has groups: what the first that takes part does); a
+    response is a run of response_mask[B, T], in which turn_ids[B, T], if given, stay the same. What stands between
+    responses is never read. An agent that calls tools: pattern="(?s)<tool_call>(.*?)</tool_call>". tokenizer: anything
+    with decode and eos_token_id. ValueError: a mask of another shape or dtype.
     """
     check_tensors(ids, dtype=torch.bool, response_mask=response_mask)
     check_tensors(ids, turn_ids=ids if turn_ids is None else turn_ids)
     turns = response_mask.long() if turn_ids is None else torch.where(response_mask, turn_ids + 1, 0)
-    mask, pieces, pattern = torch.zeros(ids.shape, dtype=torch.bool), {}, re.compile(pattern)
+    mask, pieces, pattern = [[False] * ids.shape[1] for _ in ids], {}, re.compile(pattern)
+    groups = range(1, pattern.groups + 1) or [0]  # 0: all of the match
     for row, (tokens, of_row) in enumerate(zip(ids.tolist(), turns.tolist())):
         for turn, run in groupby(range(len(of_row)), key=of_row.__getitem__):
             if turn:  # 0: between responses
                 here = list(run)
                 text, starts, ends = token_spans(tokenizer, tokens[here[0]:here[-1] + 1], pieces)
                 for match in pattern.finditer(text):
-                    first, last = match.span(match.lastindex or 0)
-                    if first < last:  # tokens that end after `first` and start before `last`
-                        mask[row, here[0] + bisect_right(ends, first):here[0] + bisect_left(starts, last)] = True
-    return mask.to(ids.device)
+                    first, last = next((match.span(n) for n in groups if match[n] is not None), (0, 0))
+                    for i in range(bisect_right(ends, first), bisect_left(starts, last)):  # end after, start before
+                        mask[row][here[0] + i] |= first < last and starts[i] < ends[i]  # some tokens have no text
+    return torch.tensor(mask, dtype=torch.bool, device=ids.device).view(ids.shape)
 
 
 # Token weights --------------------------------------------------------------------------------------------------------
@@ -179,8 +179,8 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
     check_tensors(logprobs, weights=weights)
     active = weights > 0
     check_tensors(logprobs, where=active, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    weight_sum = weights.sum() if weight_sum is None else torch.as_tensor(weight_sum, device=weights.device)
-    check_tensors(weight_sum, weight_sum=weight_sum)  # finite
+    weight_sum = weights.sum() if weight_sum is None else torch.as_tensor(weight_sum).to(weights).detach()
+    check_tensors(weights.sum(), weight_sum=weight_sum)  # one number, finite
     if (weights < 0).any() or weight_sum < 0 or (weight_sum == 0 and active.any()):
         raise ValueError("weights must not be negative, and weight_sum must be the sum of the minibatch's weights")
     for name, bound, most in (("clip_low", clip_low, 1), ("clip_high", clip_high, float("inf"))):
@@ -193,14 +193,14 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     advantages = torch.where(active, advantages.detach(), 0.0)  # [B, T]
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = ratio.clamp(min=1 - clip_low).clamp(max=1 + clip_high)  # apart: one may be a number, the other a tensor
     objective = torch.minimum(ratio * advantages, clipped * advantages)  # [B, T]
     loss = -(weights * objective).sum() / weight_sum.clamp(min=torch.finfo(torch.float32).tiny)
 
     with torch.no_grad():
         n = active.sum().clamp(min=1)
         outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
-        stats = {"approx_kl": (active * (ratio - 1 - log_ratio)).sum() / n,
+        stats = {"approx_kl": (active * (log_ratio.expm1() - log_ratio)).sum() / n,
                  "clip_fraction": (active & outside).sum() / n,
                  "ratio_mean": (active * ratio).sum() / n}
     return loss, stats
@@ -252,7 +252,7 @@ def gae(rewards, values, response_mask, *, gamma=1.0, lam=1.0):
 
 def whiten(x, mask):
     """x[B, T] with mean 0 and deviation 1 over the mask, 0 outside."""
-    values = x[mask]
+    values = x[mask].double()  # in float32, a mean of equal numbers is another number
     return torch.where(mask, (x - values.mean()) / (values.std(correction=0) + 1e-6), 0.0)
 
 

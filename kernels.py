@@ -183,7 +183,7 @@ def weighted_loss(hidden, weight, targets, old_logprobs, advantages, weights, *,
     active = weights != 0  # below, all checks together wait for a GPU once
     right = (weights > 0) & (targets >= 0) & (targets < len(weight)) & weights.isfinite()
     right &= old_logprobs.isfinite() & advantages.isfinite()
-    if not ((right | ~active).all() & total.isfinite() & ((total > 0) | (total == 0) & ~active.any())):
+    if total.dim() or not ((right | ~active).all() & total.isfinite() & ((total > 0) | (total == 0) & ~active.any())):
         raise ValueError("where weights are not 0, they must be positive, targets in [0, V), old_logprobs and "
                          "advantages finite; weight_sum must be the sum of the minibatch's weights")
     total = total.clamp(min=torch.finfo(torch.float32).tiny)  # without any weight the loss is 0
@@ -210,7 +210,7 @@ def weighted_loss(hidden, weight, targets, old_logprobs, advantages, weights, *,
     log_ratio, ratio, clipped, least = objective(rows, logprobs[rows])
     loss = -(weights[rows] * least).sum() / total - entropy_coef * entropy.sum() + 0 * logprobs.sum()  # inf * 0 is nan
     mean = lambda x: x.sum() / max(1, len(rows))
-    stats = {"approx_kl": mean(ratio - 1 - log_ratio), "clip_fraction": mean(ratio != clipped),
+    stats = {"approx_kl": mean(log_ratio.expm1() - log_ratio), "clip_fraction": mean(ratio != clipped),
              "ratio_mean": mean(ratio), "logprobs": logprobs, "entropy": entropy}
     return _Given.apply(loss, backward, *inputs), stats
 

@@ -170,8 +170,8 @@ def pack(transcripts, pad_id=0):
         logprobs=column([t.logprobs for t in transcripts], 0.0, torch.float32),
         lengths=torch.tensor([len(t.ids) for t in transcripts]), seeds=torch.tensor([t.seed for t in transcripts]),
         returns=torch.tensor([sum(t.rewards) for t in transcripts], dtype=torch.float32),
-        success=torch.tensor([t.success for t in transcripts]),
-        valid=torch.tensor([sum(t.valid) / len(t.valid) for t in transcripts]),
+        success=torch.tensor([t.success for t in transcripts], dtype=torch.bool),
+        valid=torch.tensor([sum(t.valid) / len(t.valid) for t in transcripts], dtype=torch.float32),
         turns=torch.tensor([len(t.valid) for t in transcripts]),
         outcome=[t.env.outcome() for t in transcripts], texts=[t.texts for t in transcripts],
         notes=[t.notes for t in transcripts])

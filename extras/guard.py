@@ -124,6 +124,8 @@ def check_template(tokenizer):
         raise ValueError("its chat template opens the reasoning itself, so every response would lack the tag")
     if "Begin." not in opening or not longer.removeprefix(opening).lstrip().startswith(said):
         raise unlike
+    if not all(words in chat.text(chat.opening("Begin.")) for words in (system, "Begin.")):
+        raise ValueError("its tokenizer loses text: is tokenizer.json there, and whole?")
     # Chat.bridge renders a second turn and takes what it finds there for every turn.
     after_second = render([*messages[:2], *messages]).rpartition(said)[2]
     if after_said.rpartition("Go on.")[1:] != ("Go on.", header) or after_second != after_said:

@@ -243,6 +243,7 @@ def test_without_any_weight_the_loss_is_0_in_every_precision(randn, dtype, weigh
     loss, stats = weighted_policy_loss(logprobs.requires_grad_(), old, advantages, 0 * weights, weight_sum=weight_sum)
     loss.backward()
     assert loss == 0 and not logprobs.grad.any() and all(value == 0 for value in stats.values())
+    assert weighted_policy_loss(logprobs, old, advantages, 0 * weights, weight_sum=weights.sum() * 0)[0] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -274,6 +275,20 @@ def test_statistics_are_plain_means_over_tokens_that_count(randn):
         ((log_ratio.exp() < 0.8) | (log_ratio.exp() > 1.28)).double().mean().item())
 
 
+def test_the_kl_of_a_small_update_is_not_rounded_away():
+    """rho - 1 - log rho is half the square of a small log-ratio; in float32, rho - 1 alone is off by 1e-7."""
+    old = torch.full((1, 10), -2.0)
+    stats = weighted_policy_loss(old + 1e-4, old, old, torch.ones(1, 10))[1]
+    assert stats["approx_kl"].item() == pytest.approx(0.5e-8, rel=2e-3)
+
+
+def test_one_clip_range_may_be_a_number_and_the_other_one_a_token(randn):
+    arguments, of_each = loss_inputs(randn), torch.full((2, 9), 0.1, dtype=torch.float64)
+    expected = weighted_policy_loss(*arguments, clip_low=0.1, clip_high=0.1)[0]
+    assert weighted_policy_loss(*arguments, clip_low=0.1, clip_high=of_each)[0] == expected
+    assert weighted_policy_loss(*arguments, clip_low=of_each, clip_high=0.1)[0] == expected
+
+
 INPUTS = ("logprobs", "old_logprobs", "advantages", "weights")
 
 
@@ -288,6 +303,7 @@ def test_a_bad_number_on_a_token_that_counts_is_named(randn, name):
 @pytest.mark.parametrize("change, words", [
     ({"weights": torch.full((2, 9), -1.0)}, "weights"), ({"weights": torch.ones(2, 8)}, "weights"),
     ({"weight_sum": 0.0}, "weight_sum"), ({"weight_sum": -1.0}, "weight_sum"), ({"weight_sum": math.nan}, "weight_sum"),
+    ({"weight_sum": torch.ones(1)}, "weight_sum"), ({"weight_sum": torch.ones(2, 1)}, "weight_sum"),
     ({"clip_low": -0.1}, "clip_low"), ({"clip_low": 1.5}, "clip_low"), ({"clip_low": float("nan")}, "clip_low"),
     ({"clip_high": -1.0}, "clip_high"), ({"clip_high": torch.zeros(9)}, "clip_high")])
 def test_weights_and_clip_ranges_that_make_no_sense_are_named(randn, change, words):
@@ -372,6 +388,13 @@ def test_whitened_is_mean_0_and_deviation_1_over_the_mask(randn):
     assert not actual[~response_mask].any()
     small = whiten(torch.tensor([[-1e-6, 1e-6]]), torch.ones(1, 2, dtype=torch.bool))  # its deviation counts 1e-6 more
     assert small.tolist() == [pytest.approx([-0.5, 0.5], rel=1e-4)]
+
+
+@pytest.mark.parametrize("value", [10.4, -0.4, 100.1])
+@pytest.mark.parametrize("tokens", [50, 4097])
+def test_equal_numbers_whitened_are_0(value, tokens):
+    """Where every return is one number there is nothing to learn, and rounding is no advantage."""
+    assert whiten(torch.full((8, tokens), value), torch.ones(8, tokens, dtype=torch.bool)).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("bad", [{"gamma": 1.01}, {"gamma": -0.1}, {"lam": 1.01}, {"lam": float("nan")}])
@@ -521,6 +544,7 @@ def test_only_the_new_log_probs_carry_a_gradient(randn):
     given = [x.detach().requires_grad_() for x in loss_inputs(randn)]
     loss, stats = weighted_policy_loss(*given)
     loss.backward()
+    weighted_policy_loss(*given, weight_sum=given[3].sum())[0].backward()
     assert given[0].grad is not None and all(x.grad is None for x in given[1:])
     assert not any(x.requires_grad for x in (*stats.values(), *gae(given[1], given[2], response_mask)))
 

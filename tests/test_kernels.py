@@ -507,6 +507,7 @@ def test_the_weights_gradient_is_handed_out_without_a_copy(monkeypatch):
     {"weights": torch.tensor([1.0, float("inf")]), "weight_sum": 1.0}, {"weights": torch.tensor([1.0, float("nan")])},
     {"advantages": torch.tensor([0.0, float("inf")])}, {"old_logprobs": torch.tensor([float("nan"), 0.0])},
     {"weights": torch.ones(3)}, {"old_logprobs": torch.zeros(2, 1)}, {"weight_sum": 0.0}, {"weight_sum": -1.0},
+    {"weight_sum": torch.ones(3)}, {"weight_sum": torch.ones(1)},
     {"weight_sum": float("nan")}, {"weight_sum": float("inf")}, {"clip_low": 1.5}, {"clip_low": -0.1},
     {"clip_high": -0.1}, {"temperature": 0.0},
     {"bias": torch.zeros(49)}])

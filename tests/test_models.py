@@ -1,5 +1,7 @@
 """Models of many families, untrained and tiny: each is played and scored as it would be alone, or refused in a line."""
 
+import shutil
+
 import pytest
 import torch
 from helpers import assert_logprobs_are_those_of_a_plain_forward_pass
@@ -126,6 +128,15 @@ def test_weights_that_are_missing_are_not_drawn_at_random(tokenizer, tmp_path):
     save_file({name: x.clone() for name, x in model.state_dict().items() if "layers.1" not in name}, tmp_path / "model.safetensors",
               {"format": "pt"})
     with pytest.raises(ValueError, match="9 of its weights are missing") as refused:
+        load_agent(str(tmp_path), "cpu")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_that_lost_its_vocabulary_is_refused(tmp_path):
+    """Its template still renders, but what the model would read is empty."""
+    shutil.copytree(AGENTS / "sokoban", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.json") as refused:
         load_agent(str(tmp_path), "cpu")
     assert "\n" not in str(refused.value)
 

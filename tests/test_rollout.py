@@ -583,13 +583,29 @@ def test_tokens_that_all_end_inside_a_character_are_found(pieces, after):
     assert acting(tokenizer, list(range(len(tokens)))) == [False, False, *[True] * len(pieces), bool(after), False]
 
 
+class BytePieces:
+    """A character in two tokens (4 and 5), and ids without text."""
+    eos_token_id, table = 0, {0: b"", 1: b"<answer>", 2: b"Up", 3: b"</answer>", 4: b"\xc3", 5: b"\xa9", 9: b""}
+
+    def decode(self, ids, **options):
+        return b"".join(self.table[i] for i in ids).decode(errors="replace")
+
+
+def test_of_a_pattern_with_groups_the_first_that_takes_part_is_the_action():
+    ids = torch.tensor([[1, 2, 3]])
+    of = lambda pattern: action_mask(BytePieces(), ids, ids > 0, pattern=pattern)[0].tolist()
+    assert of(r"(?s)<answer>(.*?)</(answer|a)>") == of("(Down)|(Up)") == of("U.") == [False, True, False]
+    assert of("<answer>(Down)?") == [False] * 3 and of("<answer>") == [True, False, False]
+
+
 def test_a_token_without_text_is_no_action_token():
     class Silent:  # models pad their vocabulary: ids beyond the tokenizer's decode to nothing
         eos_token_id, table = 0, {0: "", 1: "<answer>", 2: "Up", 3: "</answer>", 9: ""}
 
         def decode(self, ids, **options):
             return "".join(self.table[i] for i in ids)
-    assert acting(Silent(), [9, 1, 9, 2, 9, 3, 9]) == [False, False, False, True, False, False, False]
+    assert acting(Silent(), [9, 1, 9, 2, 9, 2, 3, 9]) == [False, False, False, True, False, True, False, False]
+    assert acting(BytePieces(), [1, 9, 4, 5, 9, 4, 5, 3]) == [False, False, True, True, False, True, True, False]
 
 
 def llamas(words):
@@ -651,10 +667,11 @@ def test_a_response_is_a_run_and_a_turn_and_what_stands_between_is_never_read(ag
         action_mask(tokenizer, flat, sampled, flat[:, 1:])
 
 
-@pytest.mark.parametrize("kind", ["joined", "by place"])
+@pytest.mark.parametrize("kind", ["joined", "by place", "opening"])
 def test_action_tokens_are_found_in_linear_time(agent, kind):
-    tokenizer = agent[1] if kind == "joined" else bpe([])
-    word = "The box is above the player. " if kind == "joined" else "漢字 "  # characters of three tokens
+    tokenizer = bpe([]) if kind == "by place" else agent[1]
+    word = {"joined": "The box is above the player. ", "by place": "漢字 ",  # characters of three tokens
+            "opening": "<answer>"}[kind]  # tags that open and never close
     ids = tokenizer("<answer>" + word * 2500).input_ids
     seconds = []
     for n in (1024, 4096):
