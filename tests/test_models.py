@@ -136,7 +136,7 @@ def test_a_tokenizer_that_lost_its_vocabulary_is_refused(tmp_path):
     """Its template still renders, but what the model would read is empty."""
     shutil.copytree(AGENTS / "sokoban", tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="tokenizer.json") as refused:
+    with pytest.raises(ValueError, match="cannot use") as refused:
         load_agent(str(tmp_path), "cpu")
     assert "\n" not in str(refused.value)
 
