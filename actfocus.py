@@ -80,7 +80,7 @@ def token_spans(tokenizer, ids, pieces):
         whole = not grown.endswith("\ufffd") or n - here == 32  # U+FFFD: not whole yet; or nothing that will ever be
         apart = n - 1 > here and whole and grown.startswith(held)  # bytes held back stay a character of their own
         start, end = at + apart * (len(held) - len(known)), at + len(grown) - len(known)
-        spans.append((start, max(end, start + (not whole))))
+        spans.append((start, max(end, start)))
         first, here, at = (here, n, end) if whole else (first, here, at)
     return text, *zip(*spans)
 

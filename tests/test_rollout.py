@@ -596,6 +596,21 @@ def test_of_a_pattern_with_groups_the_first_that_takes_part_is_the_action():
     of = lambda pattern: action_mask(BytePieces(), ids, ids > 0, pattern=pattern)[0].tolist()
     assert of(r"(?s)<answer>(.*?)</(answer|a)>") == of("(Down)|(Up)") == of("U.") == [False, True, False]
     assert of("<answer>(Down)?") == [False] * 3 and of("<answer>") == [True, False, False]
+    ids = torch.tensor([[1, 3]])
+    assert not of(r"(?s)<answer>(.*?)</(answer|a)>")[1]  # an empty action
+
+
+def test_an_empty_action_takes_nothing_from_another():
+    class Merged(BytePieces):
+        table = BytePieces.table | {6: b"p</answer><answer></answer>"}
+    assert acting(Merged(), [1, 2, 6]) == [False, True, True]
+
+
+def test_success_is_a_bool_whatever_the_environment_says(agent, monkeypatch):
+    model, tokenizer, make_env = agent
+    monkeypatch.setattr(environments.Sokoban, "solved", lambda self: 1)
+    played = rollout(model, tokenizer, [make_env()], seeds=[0], temperature=1.0, max_response_tokens=4, generator=None)
+    assert played.success.dtype == torch.bool and played.success.all()
 
 
 def test_a_token_without_text_is_no_action_token():
@@ -671,7 +686,7 @@ def test_a_response_is_a_run_and_a_turn_and_what_stands_between_is_never_read(ag
 def test_action_tokens_are_found_in_linear_time(agent, kind):
     tokenizer = bpe([]) if kind == "by place" else agent[1]
     word = {"joined": "The box is above the player. ", "by place": "漢字 ",  # characters of three tokens
-            "opening": "<answer>"}[kind]  # tags that open and never close
+            "opening": 2 * "<answer>"}[kind]  # tags that open and never close
     ids = tokenizer("<answer>" + word * 2500).input_ids
     seconds = []
     for n in (1024, 4096):
