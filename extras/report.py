@@ -293,7 +293,7 @@ TABLES = {  # name -> its rows, if not just those of the run of that name; its c
     "reasoning": lambda: rows("main", before=True),
     "energy": lambda: rows("main", "energy", algo="grpo"),
     "step-size": lambda: rows("main", "step-size", algo="grpo"),
-    "rivals-sudoku": lambda: rows("sudoku", "rivals-sudoku", seeds=range(3)),
+    "rivals-sudoku": lambda: rows("sudoku", "rivals-sudoku"),
     "rivals-sokoban": lambda: rows("main", "rivals-sokoban", algo="grpo"),
     "plan": lambda: [*rows("main", **PAIR, algo="grpo", label="the answer (default)"),
                      *rows("plan-think", label="the reasoning")],
