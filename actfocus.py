@@ -180,7 +180,7 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
     active = weights > 0
     check_tensors(logprobs, where=active, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     weight_sum = weights.sum() if weight_sum is None else torch.as_tensor(weight_sum).to(weights).detach()
-    check_tensors(weights.sum(), weight_sum=weight_sum)  # one number, finite
+    check_tensors(weights.new_zeros(()), weight_sum=weight_sum)  # one number, finite
     if (weights < 0).any() or weight_sum < 0 or (weight_sum == 0 and active.any()):
         raise ValueError("weights must not be negative, and weight_sum must be the sum of the minibatch's weights")
     for name, bound, most in (("clip_low", clip_low, 1), ("clip_high", clip_high, float("inf"))):
