@@ -27,10 +27,11 @@ from train import AGENTS
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = "--max-response-tokens 400 --env-options size=6 walls=2 max_turns=5 max_actions=10 observation=grid --keep 1"
 SMOLLM2 = "--width 576 --layers 30 --vocabulary 49152"  # its shape but for the heads, with untrained weights
+TOY = "--jobs 1 --prompts 2 --rollouts 4 --eval-boards 2 --eval-rollouts 2"
 # part: (seconds it may take, command, what is appended in a rehearsal)
 PARTS = {
     "tests": (45, "-m pytest -q -k on_a_gpu -p no:cacheprovider", ""),
-    "default comparison": (115, "train.py", "--steps 2 --prompts 2 --rollouts 4 --eval-boards 2 --eval-rollouts 2"),
+    "default comparison": (115, "train.py", f"{TOY} --steps 2"),
     "loss, V 151936": (45, "-m extras.bench loss --dtype bfloat16 --tokens 16384 --rounds 3",
                        "--tokens 64 --hidden 32 --vocabulary 500 --rounds 1"),
     "loss, V 128256": (55, "-m extras.bench loss --dtype bfloat16 --tokens 16384 --hidden 4096 --vocabulary 128256 "
@@ -39,9 +40,9 @@ PARTS = {
     "rollouts, SmolLM2's shape": (42, f"-m extras.bench rollout --turns 5 --rounds 1 {SMOLLM2}",
                                   "--turns 2 --rounds 1 --batch 4 --tokens 9 --width 32 --layers 2 --vocabulary 351"),
     "paper's boards": (58, f"train.py --steps 3 --eval-boards 16 {PAPER}",
-                       "--steps 1 --prompts 2 --rollouts 4 --eval-boards 2 --eval-rollouts 2 --max-response-tokens 20"),
+                       f"{TOY} --steps 1 --algos grpo --max-response-tokens 20"),
     "your model": (80, "train.py --model MODEL --teach 64 --algos grpo --steps 2 --eval-boards 16",
-                   "--teach 4 --steps 1 --prompts 2 --rollouts 4 --eval-boards 2 --eval-rollouts 2"),
+                   f"{TOY} --teach 4 --steps 1"),
 }
 
 

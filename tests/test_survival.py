@@ -797,7 +797,8 @@ def test_training_processes_share_the_cores_and_never_take_more_threads_than_the
 @pytest.mark.slow
 def test_the_last_arm_of_a_resumed_run_has_the_threads_that_it_had(tmp_path):
     """More of them, now that no other arm needs the cores, would round differently on some processors."""
-    arguments = ["--out", tmp_path, "--algos", "ppo", "--prompts", "4", "--minibatch", "16", "--micro-batch", "16"]
+    arguments = ["--out", tmp_path, "--algos", "ppo", "--prompts", "4", "--minibatch", "16", "--micro-batch", "16",
+                 "--steps", "10", "--eval-boards", "8", "--eval-rollouts", "1"]
     several = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, "train.py", *words(arguments)]
     subprocess.run(command, cwd=ROOT, env=several, check=True, timeout=170)

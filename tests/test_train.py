@@ -315,23 +315,25 @@ def test_a_value_moves_at_most_the_clip_range_in_an_update():
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", ["ppo", "grpo"])
 def test_actfocus_costs_what_uniform_credit_costs(algo):
-    """Steps on scripted episodes, in turn; `pytest -s --slow -k costs` prints the medians.
+    """Steps on scripted episodes, in turn; `pytest -s --slow -k costs` prints the ratios.
 
-    Processor time of one thread, and room in the bound: on a busy machine, threads wait for each other.
+    Of neighbours, in one thread's processor time, and with room in the bound: a machine is slower at one time than at
+    another, more than a tenth, and for minutes.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = {"uniform": [], "actfocus": []}
-    for turn in range(15):
-        for credit in sorted(seconds, reverse=turn % 2):
+    ratios = []
+    for turn in range(8):
+        seconds = {}
+        for credit in sorted(["uniform", "actfocus"], reverse=turn % 2):
             arm = scripted(arm_of(algo, credit, prompts=6, rollouts=6), RETURNS * 6)
             started = time.process_time()
             arm.step()
-            seconds[credit].append(time.process_time() - started)
+            seconds[credit] = time.process_time() - started
+        ratios.append(seconds["actfocus"] / seconds["uniform"])
     torch.set_num_threads(threads)
-    medians = {credit: statistics.median(values[1:]) for credit, values in seconds.items()}
-    print(algo, medians, "ratio", medians["actfocus"] / medians["uniform"])
-    assert medians["actfocus"] < 1.15 * medians["uniform"]
+    print(algo, [f"{ratio:.3f}" for ratio in ratios])
+    assert statistics.median(ratios[1:]) < 1.15  # the first warms up
 
 
 @pytest.mark.parametrize("algo", ["ppo", "grpo"])
