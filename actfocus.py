@@ -207,7 +207,7 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
 
 
 def group_spread(returns, correction=1):
-    """Standard deviation (by default the sample's) in each group, returns[P, G] -> [P] float64; rounding noise: 0."""
+    """Standard deviation in each group, returns[P, G] -> [P] float64; 0 if they differ by 1e-6 of the largest."""
     if returns.dim() != 2 or 0 in returns.shape:
         raise ValueError(f"returns must be [P, G] and not empty, got shape {tuple(returns.shape)}")
     check_tensors(returns, returns=returns)
@@ -293,8 +293,8 @@ def variance_filter(returns, keep=0.25):
 class Credit:
     """Plain PPO and GRPO. A method of credit assignment is a subclass with the answers in which it differs.
 
-    arm: train.Arm; played: rollout.Trajectories; batch, minibatch: train.Batch. A class attribute that is a number, a
-    text or a bool is a setting, NAME:ATTRIBUTE=VALUE. `step` counts from 1; what else it keeps, --resume forgets.
+    arm: train.Arm; played: rollout.Trajectories; batch, minibatch: train.Batch, each tensor [B] or [B, T]. A number,
+    text or bool as a class attribute is a setting, NAME:ATTRIBUTE=VALUE. `step` counts from 1. All else is not resumed.
     """
 
     algos = ("ppo", "grpo")  # what it goes with
@@ -314,11 +314,11 @@ class Credit:
 
     def filter(self, played):
         """-> what is trained on; none: nothing to learn. `advantages` wants whole groups of G. May clear masks."""
-        returns, keep = played.returns.view(self.settings.prompts, -1), self.settings.keep  # [P, G]
-        groups = variance_filter(returns, keep=keep)
+        keep, rows = self.settings.keep, torch.arange(len(played.returns)).view(self.settings.prompts, -1)  # [P, G]
+        groups = variance_filter(played.returns[rows], keep=keep)
         if keep == 1 and (self.algo == "ppo" or len(groups)):  # no filter: all stay, but GRPO needs some spread
-            groups = torch.arange(len(returns))
-        return played.select((groups[:, None] * returns.shape[1] + torch.arange(returns.shape[1])).flatten())
+            groups = slice(None)
+        return played.select(rows[groups].flatten())
 
     def advantages(self, batch):
         """-> [B, T]."""

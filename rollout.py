@@ -86,8 +86,8 @@ class Chat:
     def __init__(self, tokenizer, system_prompt, stop_ids=()):
         self.tokenizer, self.system = tokenizer, {"role": "system", "content": system_prompt}
         self.stop_ids = {tokenizer.eos_token_id, *stop_ids}  # what ends a response
-        control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.hidden = re.compile("|".join(map(re.escape, [*control, "@hidden@", "@response@"])))
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control = re.compile("|".join(map(re.escape, [*special, "@hidden@", "@response@"])))
         self.text = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         self.opening, self.bridge = cache(self.opening), cache(self.bridge)  # a group's rollouts share much
 
@@ -97,7 +97,7 @@ class Chat:
     def _encode(self, messages, after=""):
         """Ids of the rendered messages from `after` on. What looks like a control token in a message stays text."""
         encode, found = partial(self.tokenizer, add_special_tokens=False), []
-        hide = lambda text: self.hidden.sub(lambda match: found.append(match[0]) or "@hidden@", text)
+        hide = lambda text: self.control.sub(lambda match: found.append(match[0]) or "@hidden@", text)
         text = self.render([m if m["role"] == "assistant" else m | {"content": hide(m["content"])}
                             for m in [self.system, *messages]])
         first, *parts = text[text.index(after) + len(after):].split("@hidden@")

@@ -53,7 +53,7 @@ def setting(default, help, low=0, high=None, choices=None):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run. Where the paper's value differs from the default, the text names it."""
+    """Everything that decides a run; the command line adds DEFAULTS. Where the paper's value differs, it is named."""
 
     env: str = setting("sokoban", f"environment: {', '.join(environments.ENVS)}, or module:Class")
     env_options: tuple[str, ...] = setting((), "its options, KEY=VALUE, in place of the built-in agent's own boards")
@@ -72,7 +72,7 @@ class Settings:
     steps: int = setting(60, "rollout-update iterations (paper 200)", 0)
     prompts: int = setting(8, "boards a step, P", 1)
     rollouts: int = setting(16, "trajectories a board, G", 2)
-    keep: float = setting(0.25, "share of the groups kept, those with the largest spread; 1: no filter", 0.01, 1)
+    keep: float = setting(0.25, "share of groups kept, of the largest spread (FrozenLake, shop: 1, no filter)", 0.01, 1)
     minibatch: int = setting(32, "trajectories an optimiser update; a step's batch is passed through once", 1)
     micro_batch: int = setting(16, "trajectories a forward pass; changes memory and speed, not the result", 1)
     lr: float = setting(1e-4, "Adam's learning rate of the policy (paper 1e-6, for models a thousand times larger)", 0)
@@ -84,7 +84,7 @@ class Settings:
     entropy_coef: float = setting(0.001, "entropy bonus: a plain mean over the tokens that have weight", 0)
     kl_coef: float = setting(0.0, "penalty on the KL to the frozen reference (paper 0; 0.001 on WebShop)", 0)
     temperature: float = setting(1.0, "of the training rollouts", 0.01)
-    max_response_tokens: int = setting(100, "length at which a response is cut (paper 400)", 1)
+    max_response_tokens: int = setting(100, "length at which a response is cut (paper 400; Sudoku: 140)", 1)
     # evaluation
     eval_every: int = setting(10, "steps between evaluations and checkpoints; also at the start and the end", 1)
     eval_boards: int = setting(64, "fixed boards, never trained on (paper 32)", 1)
@@ -200,7 +200,7 @@ class Arm:
         chosen = self.credit.filter(played)
         metrics |= metrics_of.groups(played, chosen, s.prompts)
         if len(chosen):  # else there is nothing to learn from: every group got one return
-            batch, totals = self.score(chosen), Counter()
+            batch, totals = self.make_batch(chosen), Counter()
             batch.advantages = self.credit.advantages(batch)  # [B, T]
             batch.weights = self.credit.weights(batch).where(batch.response_mask, 0.0)  # [B, T]
             check_tensors(batch.ids, where=batch.weights > 0, advantages=batch.advantages)  # maybe a user's own
@@ -213,7 +213,7 @@ class Arm:
                           "tokens_per_second": metrics["generated_tokens"] / metrics["rollout_seconds"]}
 
     @torch.no_grad()
-    def score(self, chosen):
+    def make_batch(self, chosen):
         """Trajectories -> Batch: log-probs, energies and values, which stay fixed during the updates."""
         s = self.settings
         def fixed(part):
@@ -309,7 +309,7 @@ def train_arm(settings, algo, credit, seed):
     """Train one arm, from its checkpoint where there is one."""
     runs, s = extra("runs"), settings
     arm, files = Arm(s, algo, credit, seed), runs.ArmFiles(s.out, algo, credit, seed)
-    arm.score, arm.gradient = runs.saving_memory(arm, arm.score), runs.saving_memory(arm, arm.gradient)
+    arm.make_batch, arm.gradient = runs.saving_memory(arm, arm.make_batch), runs.saving_memory(arm, arm.gradient)
     for step in range(files.restore(arm), s.steps + 1):  # step 0: the evaluation before training
         line, evaluating = {"algo": algo, "credit": credit, "seed": seed, "step": step}, step % s.eval_every == 0
         arm.credit.step = step

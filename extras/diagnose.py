@@ -91,7 +91,7 @@ def diagnose(arm, groups):
         played = arm.play(np.repeat(boards[start:start + s.prompts], s.rollouts).tolist(), s.temperature, arm.generator)
         returns.append(played.returns.view(-1, s.rollouts))
         facts.append(accuracy(played, arm.env)["fact_accuracy"])
-        batch = arm.score(played)
+        batch = arm.make_batch(played)
         of_part = lambda part: score_logits(arm.reference, part.ids, part.response_mask, part.old_logprobs,
                                             *(SIGNALS[name] for name in names))
         signals = batch.in_parts(of_part, arm.micro_batch)
@@ -104,7 +104,7 @@ def diagnose(arm, groups):
                 means[name, kind].append(of_group(signal * mask) / of_group(mask))
         kept = variance_filter(returns[-1], keep=s.keep)
         if len(kept):
-            chosen = batch.select((kept[:, None] * s.rollouts + torch.arange(s.rollouts)).flatten())
+            chosen = batch.select(torch.arange(len(batch)).view(-1, s.rollouts)[kept].flatten())
             chosen.advantages = arm.credit.advantages(chosen)
             for credit, squares in gradient_shares(arm, chosen).items():
                 shares[credit] += squares

@@ -69,7 +69,7 @@ def agent_at(parser, checkpoint, arguments=None):
 
 def best_of_group(arm, seed):
     """A group played on the board of `seed` -> (its Batch, the row with the largest advantage, advantages[G])."""
-    batch = arm.score(arm.play([seed] * arm.settings.rollouts, arm.settings.temperature, arm.generator))
+    batch = arm.make_batch(arm.play([seed] * arm.settings.rollouts, arm.settings.temperature, arm.generator))
     batch.weights, advantages = arm.credit.weights(batch), group_advantages(batch.returns[None])[0]
     return batch, int(advantages.argmax()), advantages
 

@@ -268,7 +268,7 @@ def test_only_responses_at_forked_states_are_trained():
         here = (data.turn_ids[source] == turn)[: kept.ids.shape[1]]
         assert torch.equal(kept.response_mask[row], here) and torch.equal(kept.ids[row], data.ids[source, : len(here)])
         assert torch.equal(kept.action_mask[row], here & data.action_mask[source, : len(here)])
-    batch = arm.score(kept)
+    batch = arm.make_batch(kept)
     batch.advantages, batch.weights = arm.credit.advantages(batch), arm.credit.weights(batch)
     half = (data.returns[2] - data.returns[0]).item() / 2
     expected = torch.tensor([[-half], [half]]) * kept.response_mask
@@ -535,7 +535,7 @@ def test_the_turn_clip_is_the_papers_or_the_common_one(clip, fraction):
     arm = arm_of(f"a2tgpo:turn_clip={clip}", prompts=1, rollouts=2)
     answers = ["<think>The box.</think><answer>Up</answer>", "<think>Up.</think><answer>Left || Down</answer>"]
     data = pack([scripted(arm.tokenizer, copy.deepcopy(arm.env), row, answers[: 1 + row]) for row in range(2)])
-    batch = arm.score(data)
+    batch = arm.make_batch(data)
     wobble = torch.zeros(data.ids.shape)  # of log-ratios within a turn, 0 on average
     for row, turn in ((0, 0), (1, 0), (1, 1)):
         here = (data.turn_ids[row] == turn).nonzero()[:, 0]

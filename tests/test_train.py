@@ -71,7 +71,7 @@ def scripted(arm, rewards=RETURNS, **how):
 
 def batch_of(arm, rewards=RETURNS):
     """What a step would train on."""
-    batch = arm.score(trajectories_of(arm, rewards))
+    batch = arm.make_batch(trajectories_of(arm, rewards))
     batch.advantages, batch.weights = arm.credit.advantages(batch), arm.credit.weights(batch)
     return batch
 
@@ -372,8 +372,8 @@ def test_a_step_plays_every_board_of_it_g_times_and_none_of_the_evaluations(monk
 @pytest.mark.parametrize("algo", ["ppo", "grpo"])
 def test_the_groups_with_the_largest_spread_are_trained_on(monkeypatch, algo):
     arm, seen = scripted(arm_of(algo, prompts=4, keep=0.5), [1, 2, 1.5, 9, 0, 5, 3, 3, 3, 1, 7, 2]), []
-    original = arm.score
-    monkeypatch.setattr(arm, "score", lambda chosen: seen.append(chosen) or original(chosen))
+    original = arm.make_batch
+    monkeypatch.setattr(arm, "make_batch", lambda chosen: seen.append(chosen) or original(chosen))
     metrics = arm.step()
     kept, = seen
     assert sorted(kept.seeds.tolist()) == [1, 1, 1, 3, 3, 3] and sorted(kept.returns.tolist()) == [0, 1, 2, 5, 7, 9]
