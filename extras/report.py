@@ -72,9 +72,13 @@ def summarise(lines):
 
 
 def collapse(evaluations):
-    """[(step, format-valid rate)] -> the step of the third evaluation in a row under 10 %, or None."""
+    """[(step, format-valid rate)] -> the step of the third evaluation in a row under 10 %, or None.
+
+    Or of the last one, if that is under 10 % and one before it is not: there may be few.
+    """
     threes = zip(evaluations, evaluations[1:], evaluations[2:])
-    return next((c[0] for a, b, c in threes if max(a[1], b[1], c[1]) < 0.1), None)
+    (last, valid), most = evaluations[-1], max(valid for _, valid in evaluations)
+    return next((c[0] for a, b, c in threes if max(a[1], b[1], c[1]) < 0.1), last if valid < 0.1 <= most else None)
 
 
 def random_floor(env, seeds, episodes=16):

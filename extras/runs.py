@@ -194,7 +194,8 @@ def open_run(settings, resume):
         changed = [name for name in now if name not in ("out", "jobs", *grown) and now[name] != before.get(name)]
         if changed:
             named = (f"{name} ({before.get(name)}, now {now[name]})" for name in changed)
-            raise ValueError(f"resume: {out} was begun with another {', '.join(named)}")
+            grow = ": they can grow, where --eval-every divides those before" if changed == ["steps"] else ""
+            raise ValueError(f"resume: {out} was begun with another {', '.join(named)}{grow}")
     else:
         if resume:
             print(f"train.py: there is nothing to resume in {out}: this is a new run", file=sys.stderr)

@@ -343,9 +343,19 @@ def test_the_table_reports_means_ranges_and_who_won():
     assert "grpo uniform seed 1 collapsed by step 30" in text
 
 
-def test_collapse_is_three_evaluations_in_a_row():
-    assert collapse([(0, 0.5), (10, 0.05), (20, 0.0), (30, 0.09), (40, 0.0)]) == 30
-    assert collapse([(0, 0.05), (10, 0.05), (20, 0.1), (30, 0.0), (40, 0.0)]) is None
+def test_collapse_is_three_evaluations_in_a_row_or_how_a_run_ends():
+    assert collapse([(0, 0.5), (10, 0.05), (20, 0.0), (30, 0.09), (40, 0.0), (50, 0.9)]) == 30
+    assert collapse([(0, 0.05), (10, 0.05), (20, 0.1), (30, 0.0), (40, 0.0)]) == 40
+    assert collapse([(0, 0.9), (60, 0.1)]) is None and collapse([(0, 0.9), (60, 0.09)]) == 60
+    assert collapse([(0, 0.0)]) is None and collapse([(0, 0.05), (10, 0.0)]) is None  # it never had the form
+
+
+def test_the_collapses_in_the_results_would_be_said():
+    arms = [arm for path in (report.README.parent).rglob("summary.json") for arm in strict(path.read_text())["arms"]]
+    ends = [arm for arm in arms if arm.get("eval", {}).get("format_valid", [1])[-1] < 0.1]
+    assert len(ends) >= 10
+    for arm in ends:
+        assert collapse(list(zip(arm["eval_steps"], arm["eval"]["format_valid"]))) is not None
 
 
 def test_the_table_of_a_finished_run_is_printed_again(trained, monkeypatch, capsys):

@@ -203,7 +203,7 @@ def test_other_settings_and_another_agent_are_refused_and_named(whole, tmp_path)
     out = shutil.copytree(whole, tmp_path / "run")
     for steps in ("2", "4"):  # fewer, or more where the last evaluation would stand between two others
         code, _, error = run("--out", out, *ONE, "--resume", "--steps", steps)
-        assert code == 2 and f"another steps (3, now {steps})" in error
+        assert code == 2 and f"another steps (3, now {steps}): they can grow" in error
     code, _, error = run("--out", out, *ONE, "--resume", "--lr", "0.5", "--gamma", "0.9")
     assert code == 2 and error.count("\n") == 1 and "lr" in error and "gamma" in error and "minibatch" not in error
     model, tokenizer = load_agent(train.Settings().agent, "cpu")
