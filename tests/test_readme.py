@@ -241,7 +241,7 @@ def test_the_bandits_commands_run(bandit):
         result = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
                                 env={**os.environ, "PYTHONPATH": str(bandit)})
         assert result.returncode == 0, result.stderr
-    run("-m", "extras.agent", "bandit:Bandit", "--out", bandit / "agent", "--episodes", 60, "--steps", 60, "--worse-steps", 0)
+    run("-m", "extras.agent", "bandit:Bandit", "--out", bandit / "agent", "--episodes", 60, "--steps", 20, "--worse-steps", 0)
     run("train.py", "--env", "bandit:Bandit", "--model", bandit / "agent", "--algos", "grpo", "--steps", 2, "--prompts", 2,
         "--rollouts", 8, "--eval-boards", 4, "--eval-rollouts", 2, "--out", bandit / "run")
     assert len((bandit / "run" / "metrics.jsonl").read_text().splitlines()) == 6

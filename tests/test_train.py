@@ -512,7 +512,8 @@ def moved_by(checkpoint, settings=Settings()):
     return max(float((x - learnt[name]).abs().max()) for name, x in policy.state_dict().items())
 
 
-RIVALS = ["--env", "sudoku", "--algos", "grpo", "--credits", "carl", "carl+actfocus", "a2tgpo", "a2tgpo+actfocus"]
+RIVALS = [*BRIEF, "--env", "sudoku", "--prompts", "1", "--env-options", "hint=true", "max_turns=3", "max_actions=6",
+          "--algos", "grpo", "--credits", "carl", "carl+actfocus", "a2tgpo", "a2tgpo+actfocus"]
 
 
 def test_an_environment_without_an_oracle_has_no_best_play(tmp_path, monkeypatch):
@@ -590,8 +591,7 @@ def test_a_credit_knows_the_step_of_its_run_after_a_resumption_too(tmp_path, mon
 
 
 def test_every_rival_learns(tmp_path):
-    short = [*BRIEF, "--prompts", "1", "--env-options", "hint=true", "max_turns=3", "max_actions=6"]
-    code, output, error = run("--out", tmp_path, *RIVALS, *short)
+    code, output, error = run("--out", tmp_path, *RIVALS)
     assert code == 0 and "generated tokens" in output, error
     learnt = [line for line in metrics(tmp_path) if line["step"]]
     for line in learnt:
@@ -603,15 +603,14 @@ def test_every_rival_learns(tmp_path):
 
 @pytest.mark.slow
 def test_every_rival_learns_in_a_process_of_its_own_and_repeats_itself(tmp_path):
-    results = []
-    for out, *less in ((tmp_path / "one",), (tmp_path / "two", "--credits", "carl", "a2tgpo+actfocus")):
-        process = start(out, *RIVALS, "a2tgpo:turn_clip=common", "--seeds", "1", *less)
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
-        results.append(metrics(out))
-        assert all(arm["updates"] > 0 for arm in strict((out / "summary.json").read_text())["arms"])
-    assert len(results[0]) == 5 * 3
-    assert results[1] == [line for line in results[0] if line["credit"] in ("carl", "a2tgpo+actfocus")]
+    process = start(tmp_path / "processes", *RIVALS, "a2tgpo:turn_clip=common", "--seeds", "1", "--steps", "2")
+    _, error = process.communicate(timeout=300)
+    lines, again = metrics(tmp_path / "processes"), ("carl", "a2tgpo+actfocus")
+    assert process.returncode == 0 and len(lines) == 5 * 3, error
+    summary = strict((tmp_path / "processes" / "summary.json").read_text())
+    assert all(arm["updates"] > 0 for arm in summary["arms"])
+    code, _, error = run("--out", tmp_path / "here", *RIVALS, "--seeds", "1", "--steps", "2", "--credits", *again)
+    assert code == 0 and metrics(tmp_path / "here") == [line for line in lines if line["credit"] in again], error
 
 
 @pytest.mark.parametrize("env", ["frozenlake", pytest.param("shop", marks=pytest.mark.slow)])
