@@ -84,7 +84,7 @@ class Settings:
     entropy_coef: float = setting(0.001, "entropy bonus: a plain mean over the tokens that have weight", 0)
     kl_coef: float = setting(0.0, "penalty on the KL to the frozen reference (paper 0; 0.001 on WebShop)", 0)
     temperature: float = setting(1.0, "of the training rollouts", 0.01)
-    max_response_tokens: int = setting(100, "length at which a response is cut (paper 400; Sudoku: 140)", 1)
+    max_response_tokens: int = setting(100, "length at which a response is cut (paper 400); 140 with --env sudoku", 1)
     # evaluation
     eval_every: int = setting(10, "steps between evaluations and checkpoints; also at the start and the end", 1)
     eval_boards: int = setting(64, "fixed boards, never trained on (paper 32)", 1)

@@ -324,10 +324,15 @@ def test_group_advantages_are_z_scores_within_each_group(randn):
         assert row == pytest.approx([(v - mean) / (std + 1e-6) for v in values], rel=1e-5)
 
 
-@pytest.mark.parametrize("group", [[2.0] * 4, [0.1 + 0.2, 0.3, 0.3, 0.3], [1e8, 1e8 + 1e-6, 1e8, 1e8], [0.0] * 4])
+@pytest.mark.parametrize("group", [[2.0] * 4, [0.1 + 0.2, 0.3, 0.3, 0.3], [1e8, 1e8 + 9, 1e8, 1e8], [0.0] * 4])
 def test_a_group_without_spread_gives_zero(group):
     assert torch.equal(group_advantages(torch.tensor([group], dtype=torch.float64)), torch.zeros(1, 4))
     assert len(variance_filter(torch.tensor([group], dtype=torch.float64))) == 0
+
+
+def test_how_small_a_spread_counts_depends_on_the_returns():
+    """Rounding is relative: where all are tiny, a tiny difference is one."""
+    assert variance_filter(torch.tensor([[1e-9, 1e-9], [1e-9, 3e-9]]), keep=1).tolist() == [1]
 
 
 def test_a_group_of_one_gives_zero():

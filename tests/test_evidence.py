@@ -95,6 +95,16 @@ def test_the_diagnosis_of_an_agent_and_of_a_checkpoint(trained, tmp_path, monkey
     assert found["signal"] == "nll" and (out / "metrics.jsonl").exists() and not (out / "diagnosis.json").exists()
 
 
+def test_the_gradient_shares_are_of_the_groups_that_the_filter_keeps(monkeypatch):
+    """Of three groups, the first without spread, the last with the most."""
+    arm, seen = arm_of(prompts=3, keep=0.7), []
+    played = trajectories_of(arm, [1, 1, 1, 0, 1, 2, 3, 9, 5])
+    monkeypatch.setattr(arm, "play", lambda *_: played)
+    monkeypatch.setattr(diagnose, "gradient_shares", lambda _, batch: seen.append(batch.returns.tolist()) or {})
+    diagnose.diagnose(arm, 3)
+    assert seen == [[3, 9, 5, 0, 1, 2]]
+
+
 def test_an_agent_without_an_answer_is_diagnosed_too(agent, tmp_path):
     """Neither action tokens nor spread: what cannot be told is null, not NaN."""
     for part in agent[:2]:

@@ -206,6 +206,7 @@ def test_other_settings_and_another_agent_are_refused_and_named(whole, tmp_path)
         assert code == 2 and f"another steps (3, now {steps}): they can grow" in error
     code, _, error = run("--out", out, *ONE, "--resume", "--lr", "0.5", "--gamma", "0.9")
     assert code == 2 and error.count("\n") == 1 and "lr" in error and "gamma" in error and "minibatch" not in error
+    assert "they can grow" not in error and "they can grow" not in run("--out", out, *ONE, "--resume", "--steps", "4", "--lr", "1")[2]
     model, tokenizer = load_agent(train.Settings().agent, "cpu")
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
