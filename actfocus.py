@@ -207,7 +207,7 @@ def weighted_policy_loss(logprobs, old_logprobs, advantages, weights, *, clip_lo
 
 
 def group_spread(returns, correction=1):
-    """Sample deviation in each group, returns[P, G] -> [P] float64; 0 if they differ by 1e-6 of the largest or less."""
+    """torch.std in each group, returns[P, G] -> [P] float64; 0 if they differ by at most 1e-6 of the largest."""
     if returns.dim() != 2 or 0 in returns.shape:
         raise ValueError(f"returns must be [P, G] and not empty, got shape {tuple(returns.shape)}")
     check_tensors(returns, returns=returns)

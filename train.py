@@ -72,7 +72,7 @@ class Settings:
     steps: int = setting(60, "rollout-update iterations (paper 200)", 0)
     prompts: int = setting(8, "boards a step, P", 1)
     rollouts: int = setting(16, "trajectories a board, G", 2)
-    keep: float = setting(0.25, "share of groups kept, of the largest spread (FrozenLake, shop: 1, no filter)", 0.01, 1)
+    keep: float = setting(0.25, "share of the groups kept, those with the largest spread; 1: no filter", 0.01, 1)
     minibatch: int = setting(32, "trajectories an optimiser update; a step's batch is passed through once", 1)
     micro_batch: int = setting(16, "trajectories a forward pass; changes memory and speed, not the result", 1)
     lr: float = setting(1e-4, "Adam's learning rate of the policy (paper 1e-6, for models a thousand times larger)", 0)
@@ -84,7 +84,7 @@ class Settings:
     entropy_coef: float = setting(0.001, "entropy bonus: a plain mean over the tokens that have weight", 0)
     kl_coef: float = setting(0.0, "penalty on the KL to the frozen reference (paper 0; 0.001 on WebShop)", 0)
     temperature: float = setting(1.0, "of the training rollouts", 0.01)
-    max_response_tokens: int = setting(100, "length at which a response is cut (paper 400); 140 with --env sudoku", 1)
+    max_response_tokens: int = setting(100, "length at which a response is cut (paper 400)", 1)
     # evaluation
     eval_every: int = setting(10, "steps between evaluations and checkpoints; also at the start and the end", 1)
     eval_boards: int = setting(64, "fixed boards, never trained on (paper 32)", 1)

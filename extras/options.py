@@ -128,7 +128,8 @@ class SettingsParser(OneLineParser):
             many, choices = isinstance(f.default, tuple), f.metadata["choices"]
             shown = " ".join(map(str, f.default)) if many else f.default
             text = f"{f.metadata['help']}{' (' + ', '.join(choices) + ')' if choices else ''}"
-            text += f" (default: {shown})" * (f.default != ())
+            own = [f"; {values[f.name]} with --env {env}" for env, values in DEFAULTS.items() if f.name in values]
+            text += f" (default: {shown}{''.join(own)})" * (f.default != ())
             kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
                 "type": type(f.default[0]) if many and f.default else str if many else type(f.default),
                 "nargs": "+" if many else None, "metavar": f.name.split("_")[-1].upper()}

@@ -890,6 +890,7 @@ def test_every_setting_is_explained(capsys):
     assert exit.value.code == 0
     for field in dataclasses.fields(Settings):
         assert "--" + field.name.replace("_", "-") in text and len(field.metadata["help"]) > 10
+    assert "(default: 100; 140 with --env sudoku)" in " ".join(text.split())
 
 
 # The command as it is
